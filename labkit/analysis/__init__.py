@@ -1,0 +1,1 @@
+"""Pure judging of saved runs: histories, checkers, statistics, findings and figures."""

@@ -1,0 +1,19 @@
+"""The lab's errors: each says in one sentence what was wrong and what to do."""
+
+from __future__ import annotations
+
+
+class LabError(Exception):
+    """Base of everything that the lab reports to its user without a traceback."""
+
+
+class BadInput(LabError, ValueError):
+    """An argument was refused before anything touched the kernel."""
+
+
+class Unavailable(LabError):
+    """This machine or kernel lacks something; the sentence says what, and how to get it."""
+
+
+class TimedOut(LabError, TimeoutError):
+    """Something did not finish within its bound and was stopped."""

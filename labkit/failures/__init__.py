@@ -1,0 +1,1 @@
+"""The experiments: each way that a map read goes wrong, on a real kernel."""

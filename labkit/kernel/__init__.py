@@ -1,0 +1,1 @@
+"""All that touches the kernel; nothing in here imports the rooms above."""
