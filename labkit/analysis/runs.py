@@ -81,6 +81,9 @@ class Count:
         """Anomalies per operation; NaN without operations."""
         return self.anomalies / self.operations if self.operations else math.nan
 
+    def __str__(self) -> str:
+        return f"{self.anomalies:,} of {self.operations:,}"
+
 
 @dataclass(frozen=True, eq=False)
 class Run:

@@ -501,9 +501,7 @@ def vmlinux_function_id(function: str, attach_type: AttachType) -> int:
 def object_info(fd: int, info: ctypes.Structure) -> None:
     """Fill an info structure of a map, program or link from its file descriptor."""
     length = c_uint32(ctypes.sizeof(info))
-    checked(
-        library().bpf_obj_get_info_by_fd(fd, byref(info), byref(length)), "reading object info"
-    )
+    checked(library().bpf_obj_get_info_by_fd(fd, byref(info), byref(length)), "reading object info")
 
 
 def map_info(fd: int) -> MapInfo:

@@ -1,0 +1,1 @@
+"""Experiments in which updates are lost, values torn, keys skipped."""

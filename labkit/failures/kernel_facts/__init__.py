@@ -1,0 +1,1 @@
+"""Facts of a map's life that the other experiments rest on."""

@@ -1,0 +1,1 @@
+"""Experiments in which a reader gets an old value, or none."""

@@ -1,0 +1,1 @@
+"""Experiments in which the size of a value is not what a side believes."""
