@@ -6,6 +6,7 @@ them however it ends. It hands over one thing: the directory of the saved run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -149,10 +150,8 @@ def _pass_on(words: str, say: Callable[[str], None] | None) -> None:
 
 
 def _end(worker: subprocess.Popen[bytes]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     worker.wait(10)
     for stream in (worker.stdout, worker.stderr):
         if stream is not None:

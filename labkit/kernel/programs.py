@@ -158,7 +158,7 @@ class Unit:
         return opened
 
     def table(self, name: str) -> Any:
-        """bcc's own table object, for experiments whose subject is bcc."""
+        """The table object of bcc itself, for experiments whose subject is bcc."""
         try:
             return self._compiled[name]
         except KeyError:

@@ -33,7 +33,7 @@ def transient_null(run: Run) -> Finding:
     return Finding(
         run.experiment,
         f"A key that is never deleted was absent in {broken} lookups "
-        f" while it was overwritten by plain updates "
+        f"while it was overwritten by plain updates "
         f"({1e6 * broken.rate:.0f} in a million), and in {control} "
         f"while nobody wrote. Updates in place (BPF_F_LOCK, array) "
         "and one retry each brought it to "
