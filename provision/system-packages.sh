@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Installs the Debian packages that the lab lacks. Does nothing, fast, when all are there.
+# Exit status: 0 all there; 3 this machine cannot have them, so recorded runs only; else a failure.
+
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+if [[ $(uname -s) != Linux ]]; then
+    say "This is $(uname -s), and BPF needs Linux: recorded runs only (the Vagrantfile gives a Linux)."
+    exit "$RECORDED_ONLY"
+fi
+if ! command -v dpkg-query >/dev/null; then
+    say "This Linux is not a Debian: install bcc's Python package, bpftool, libbpf and clang yourself," \
+        "or use the Vagrantfile; until then recorded runs only."
+    exit "$RECORDED_ONLY"
+fi
+
+packages=(
+    python3-bpfcc # compiles and loads the programs in bpf/
+    bpftool       # the second opinion in notebooks and tests
+    libbpf1 libbpf-dev # what bcc's Python lacks; the C consumer of the benchmark
+    clang-14 gcc make  # compilers of that consumer, and of make itself
+    python3-venv       # the Python environment
+    iproute2           # veth pairs and network namespaces
+    redis-tools        # a real Redis: its redis-check-rdb is the server too, and no service comes along
+    util-linux mount   # unshare and mount, for enter.sh
+)
+
+# Prints those of its arguments that are not installed.
+missing_of() {
+    local installed
+    installed=$(dpkg-query -W -f '${db:Status-Status} ${Package}\n' "$@" 2>/dev/null || true)
+    local name
+    for name in "$@"; do
+        grep -qx "installed $name" <<<"$installed" || printf '%s\n' "$name"
+    done
+}
+
+mapfile -t missing < <(missing_of "${packages[@]}")
+
+# Headers: bcc needs some. The running kernel's are best; any other version's do for maps, helpers
+# and tracepoint arguments (headers.sh).
+need_headers=yes
+if "$LAB_ROOT/provision/headers.sh" --find >/dev/null; then
+    need_headers=no
+fi
+
+if ((${#missing[@]} == 0)) && [[ $need_headers == no ]]; then
+    say "Debian packages: all there"
+    exit 0
+fi
+
+if ! can_be_root; then
+    say "Missing Debian packages (${missing[*]} kernel headers), and neither root nor sudo to install" \
+        "them: recorded runs only."
+    exit "$RECORDED_ONLY"
+fi
+
+install_packages() {
+    local kernel headers arch
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -q
+    if [[ $need_headers == yes ]]; then
+        kernel=$(uname -r)
+        arch=$(dpkg --print-architecture)
+        headers=linux-headers-$kernel
+        apt-cache show "$headers" >/dev/null 2>&1 || headers=linux-headers-$arch
+        missing+=("$headers")
+    fi
+    # Another checkout, or the machine itself, may be installing too: wait for it.
+    apt-get -o DPkg::Lock::Timeout=300 install -q -y --no-install-recommends "${missing[@]}"
+}
+
+say "Debian packages to install: ${missing[*]}$([[ $need_headers == yes ]] && echo ' kernel headers')"
+if ((EUID != 0)); then
+    # Root runs this same script, so that there is one way to install.
+    exec sudo "${BASH_SOURCE[0]}"
+fi
+# apt's list lock does not wait by itself: a lock on apt's own folder serialises our runs, and
+# leaves no file.
+exec 9</var/lib/apt
+flock 9
+with_progress "$(mktemp -d)/apt.log" "Installing Debian packages" install_packages
