@@ -261,7 +261,7 @@ class Map:
         return cls(fd, key=key, value=value)
 
     @classmethod
-    def from_fd(cls, fd: int, **layout: npt.DTypeLike) -> Map:
+    def from_fd(cls, fd: int, **layout: npt.DTypeLike | None) -> Map:
         """Open the map behind a descriptor, which stays the caller's (it is duplicated).
 
         A bcc table is opened by its ``map_fd``.
@@ -269,7 +269,7 @@ class Map:
         return cls(os.dup(fd), **layout)
 
     @classmethod
-    def from_id(cls, identifier: int, **layout: npt.DTypeLike) -> Map:
+    def from_id(cls, identifier: int, **layout: npt.DTypeLike | None) -> Map:
         """Open a map by its id, as ``bpftool map show`` prints it."""
         try:
             return cls(libbpf.fd_by_id("map", identifier), **layout)
@@ -277,7 +277,7 @@ class Map:
             raise map_error(error.errno or 0, f"Opening map id {identifier}") from error
 
     @classmethod
-    def from_pin(cls, path: str | os.PathLike[str], **layout: npt.DTypeLike) -> Map:
+    def from_pin(cls, path: str | os.PathLike[str], **layout: npt.DTypeLike | None) -> Map:
         """Open a pinned map."""
         try:
             return cls(libbpf.open_pin(os.fspath(path)), **layout)
@@ -285,7 +285,7 @@ class Map:
             raise map_error(error.errno or 0, f"Opening the pin {os.fspath(path)}") from error
 
     @classmethod
-    def from_name(cls, name: str, **layout: npt.DTypeLike) -> Map:
+    def from_name(cls, name: str, **layout: npt.DTypeLike | None) -> Map:
         """Open the one map that has this name.
 
         Raises

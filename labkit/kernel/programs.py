@@ -160,7 +160,7 @@ class Unit:
     def table(self, name: str) -> Any:
         """The table object of bcc itself, for experiments whose subject is bcc."""
         try:
-            return self._compiled[name]
+            return self._compiled[name.encode()]
         except KeyError:
             raise BadInput(f"bpf/{self.name}.bpf.c declares no map {name!r}.") from None
 
@@ -201,7 +201,7 @@ class Unit:
         if kind is ProgramKind.XDP:
             attach_type = AttachType.XDP
         try:
-            instructions = self._compiled.dump_func(name)
+            instructions = self._compiled.dump_func(name.encode())
         except Exception:
             raise BadInput(f"bpf/{self.name}.bpf.c has no function {name!r}.") from None
         try:
@@ -347,14 +347,13 @@ def load(name: str, **constants: int | str) -> Unit:
     for constant, value in constants.items():
         if not re.search(rf"\b{re.escape(constant)}\b", text):
             raise BadInput(f"bpf/{name}.bpf.c knows no constant {constant}.")
-        flags.append(
-            f'-D{constant}="{value}"' if isinstance(value, str) else f"-D{constant}={value}"
-        )
+        literal = f'"{value}"' if isinstance(value, str) else str(int(value))
+        flags.append(f"-D{constant}={literal}")
     bcc = probe.prepare_bcc()
     compiled, failure = None, ""
     with _standard_error() as said:
         try:
-            compiled = bcc.BPF(src_file=str(path), cflags=flags)
+            compiled = bcc.BPF(src_file=os.fsencode(path), cflags=flags)
         except Exception as error:  # bcc raises plain Exception
             failure = str(error)
     if compiled is None:
