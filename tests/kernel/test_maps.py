@@ -152,9 +152,11 @@ def test_open_by_id_pin_and_name(table: Map) -> None:
             assert same.lookup(5) == 50
         pins.unpin("policy")
         assert pins.names() == []
-    with Map.create(MapKind.ARRAY, key="u4", value="u4", max_entries=1, name="t_hash"):
-        with pytest.raises(BadInput, match="name one by id"):
-            Map.from_name("t_hash")
+    with (
+        Map.create(MapKind.ARRAY, key="u4", value="u4", max_entries=1, name="t_hash"),
+        pytest.raises(BadInput, match="name one by id"),
+    ):
+        Map.from_name("t_hash")
     with pytest.raises(BadInput, match="no map has it"):
         Map.from_name("no_such_map_xyz")
 
@@ -178,9 +180,11 @@ def test_refusals_of_the_kernel_have_types(table: Map) -> None:
     table.freeze()
     with pytest.raises(NotPermitted, match="EPERM"):
         table.update(1, 1)
-    with Map.create(MapKind.RINGBUF, key=None, value=None, max_entries=4096) as ring:
-        with pytest.raises(NotSupported):
-            ring.snapshot()
+    with (
+        Map.create(MapKind.RINGBUF, key=None, value=None, max_entries=4096) as ring,
+        pytest.raises(NotSupported),
+    ):
+        ring.snapshot()
 
 
 def test_inner_maps_are_written_by_descriptor_and_read_by_id() -> None:

@@ -49,9 +49,11 @@ def test_a_child_that_raises_is_killed_or_hangs_is_told() -> None:
 
     with Child(fail) as child, pytest.raises(ValueError, match="in the child"):
         child.result()
-    with Child(lambda: os.kill(os.getpid(), signal.SIGKILL)) as child:
-        with pytest.raises(LabError, match="status -9"):
-            child.result()
+    with (
+        Child(lambda: os.kill(os.getpid(), signal.SIGKILL)) as child,
+        pytest.raises(LabError, match="status -9"),
+    ):
+        child.result()
     with Child(lambda: time.sleep(60)) as child, pytest.raises(TimedOut):
         child.result(timeout_s=0.2)
 
