@@ -133,9 +133,25 @@ def experiment(
     quick: Mapping[str, Value],
     full: Mapping[str, Value],
 ) -> Callable[[Callable[..., Tables]], Callable[..., Tables]]:
-    """Register the function that measures one experiment; see `Experiment`.
+    """Register the function that measures one experiment.
 
-    ``quick`` and ``full`` give a value to every keyword parameter of the function.
+    Parameters
+    ----------
+    id, number, family, question, claims, needs
+        As `Experiment` describes them.
+    quick, full : mapping
+        A value for every keyword parameter of the function.
+
+    Returns
+    -------
+    callable
+        A decorator that gives the function back unchanged.
+
+    Raises
+    ------
+    BadInput
+        When the function is decorated: a profile that names other parameters, an unknown
+        family, an id that another function has.
     """
 
     def register(function: Callable[..., Tables]) -> Callable[..., Tables]:

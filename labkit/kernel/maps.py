@@ -502,7 +502,10 @@ class Map:
         return update
 
     def reader(self, key: Any, value: npt.NDArray[Any], flags: int = 0) -> Callable[[], int]:
-        """Prepared lookup for a hot loop: fills ``value``, answers 0 or minus the errno."""
+        """Prepare a lookup of ``key`` with ``flags`` for a hot loop.
+
+        Each call of what is returned fills ``value`` and answers 0 or minus the errno.
+        """
         packed = self.encode_key(key)
         self._check_buffer(value)
         call, fd = self._lib.bpf_map_lookup_elem_flags, self.fd
