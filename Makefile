@@ -1,0 +1,41 @@
+# The lab's commands. Each one sets up what is missing first, may be repeated, and says what it does.
+# The work is done by provision/*.sh and python -m labkit, which Vagrant and CI use as well.
+
+PROFILE ?= quick
+PYTEST_ARGS ?=
+ENTER := provision/enter.sh
+PYTHON := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup report test lint lab bench-kernel doctor list clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+
+setup: ## install what is missing: Debian packages, headers, the Python environment
+	@provision/setup.sh
+
+report: setup ## run every notebook on this kernel, write reports/index.html (PROFILE=quick or full)
+	@$(ENTER) $(PYTHON) -m labkit report --profile $(PROFILE)
+
+test: setup ## every check and every test (PYTEST_ARGS=... for pytest)
+	@provision/lint.sh
+	@$(ENTER) $(PYTHON) -m pytest $(PYTEST_ARGS)
+
+lint: setup ## the checks alone: ruff, mypy, import rules, notebooks
+	@provision/lint.sh
+
+lab: setup ## JupyterLab on 127.0.0.1, with a new token
+	@provision/lab.sh
+
+bench-kernel: setup ## the kernel room's figures against their bars; exit status 0 if all hold
+	@$(ENTER) $(PYTHON) -m labkit.bench_kernel
+
+doctor: setup ## what this kernel can do, by trying
+	@$(ENTER) $(PYTHON) -m labkit doctor
+
+list: setup ## every experiment, and whether this kernel can run it
+	@$(ENTER) $(PYTHON) -m labkit list
+
+clean: ## remove what the lab left in the kernel, then everything it made in this folder
+	@provision/clean.sh
