@@ -655,7 +655,7 @@ class Map:
         values : array-like, shape (n,) or (n, possible_cpus)
             Of the map's value dtype.
         flags : UpdateFlag
-            Applies to every element.
+            ``LOCK`` or nothing: the kernel takes no other flag in a batch.
 
         Returns
         -------
@@ -669,6 +669,10 @@ class Map:
         BadInput
             Shapes or dtypes do not fit.
         """
+        if flags & ~UpdateFlag.LOCK:
+            raise BadInput(
+                f"A batch update takes the flag LOCK alone, not {flags!r}: update key by key."
+            )
         packed = encode(keys, self.key_dtype, "key")
         data = self._encode_many(values, len(packed))
         if len(packed) == 0:

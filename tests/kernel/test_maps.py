@@ -172,6 +172,8 @@ def test_wrong_layouts_and_sizes_are_refused(table: Map) -> None:
         Map.create(MapKind.HASH, key="u4", value="u4", max_entries=1, name="x" * 16)
     with pytest.raises(BadInput, match="8 bytes"):
         table.updater(1, np.zeros(2, np.uint64))
+    with pytest.raises(BadInput, match="LOCK alone"):
+        table.update_many([1], [1], UpdateFlag.NOEXIST)
     with pytest.raises(BadInput, match="need 2 values"):
         table.update_many([1, 2], [1])
 
