@@ -1,0 +1,644 @@
+"""Every map, program and link in the kernel, who holds it, and who refers to whom.
+
+The kernel keeps an object as long as anything refers to it: a file descriptor, a pin, a
+program, an outer map, a link, an attachment. This module draws that graph, for diagnosis
+(which map does the attached program really use?) and for the leak check around tests.
+
+It reads what is there at that moment. Objects, processes and mounts that vanish in the
+meantime are left out without a word.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Final
+
+import pandas as pd
+
+from labkit.errors import Unavailable
+from labkit.kernel import libbpf
+from labkit.kernel.libbpf import MapKind, ProgramKind
+
+_BPF_FS_MAGIC: Final = 0xCAFE4A11
+_ELEMENTS_READ_S: Final = 0.05  # before Linux 6.8 each look into an outer map waits for RCU
+_LINK_KINDS: Final = (
+    "unspec", "raw_tracepoint", "tracing", "cgroup", "iter", "netns", "xdp", "perf_event",
+    "kprobe_multi", "struct_ops", "netfilter", "tcx", "uprobe_multi", "netkit", "sockmap",
+)  # fmt: skip
+_PERF_KINDS: Final = (
+    "raw_tracepoint", "tracepoint", "kprobe", "kretprobe", "uprobe", "uretprobe",
+)  # fmt: skip
+_COMMON_FIELDS: Final = frozenset(
+    ("pos", "flags", "mnt_id", "ino", "link_type", "link_id", "prog_tag", "prog_id")
+)
+
+
+@dataclass(frozen=True)
+class MapObject:
+    """One map.
+
+    Attributes
+    ----------
+    id : int
+        The kernel's id; never used twice before a reboot, so equal ids are the same map.
+    name : str
+        At most 15 bytes; not unique.
+    kind : str
+        ``hash``, ``array_of_maps``, ...
+    key_size, value_size : int
+        Bytes.
+    max_entries : int
+        Entries; for a ring buffer, bytes.
+    flags : int
+        Creation flags.
+    memlock_bytes : int
+        Memory that the kernel charges for it.
+    frozen : bool
+        User space may not write to it any more.
+    map_ids, program_ids : tuple of int
+        Elements of a map of maps, and of a program array: it keeps these alive.
+    elements_complete : bool
+        False where there were more elements than could be read in a bounded time.
+    pids : tuple of int
+        Processes that hold a descriptor of it, or a private bpffs with a pin of it.
+    pins : tuple of str
+        Paths of its pins, as this process can reach them.
+    """
+
+    id: int
+    name: str
+    kind: str
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int
+    memlock_bytes: int
+    frozen: bool
+    map_ids: tuple[int, ...]
+    program_ids: tuple[int, ...]
+    elements_complete: bool
+    pids: tuple[int, ...] = ()
+    pins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ProgramObject:
+    """One loaded program.
+
+    Attributes
+    ----------
+    id : int
+        The kernel's id.
+    name, kind, tag : str
+        Name (15 bytes), type, and the kernel's hash of the instructions.
+    memlock_bytes : int
+        Memory that the kernel charges for it.
+    jited_bytes : int
+        Machine code; 0 where it is interpreted, or hidden from this user.
+    map_ids : tuple of int
+        The maps it refers to: these very ones, whatever else has the same name.
+    pids : tuple of int
+        Processes that hold a descriptor of it, a perf event that runs it, or a private
+        bpffs with a pin of it.
+    pins : tuple of str
+        Paths of its pins.
+    """
+
+    id: int
+    name: str
+    kind: str
+    tag: str
+    memlock_bytes: int
+    jited_bytes: int
+    map_ids: tuple[int, ...]
+    pids: tuple[int, ...] = ()
+    pins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LinkObject:
+    """One link: the attachment of a program, as an object.
+
+    Attributes
+    ----------
+    id : int
+        The kernel's id.
+    kind : str
+        ``raw_tracepoint``, ``tracing``, ``xdp``, ...
+    program_id : int
+        The program that it runs.
+    target : str
+        What the kernel says it is attached to, such as ``tp_name=sys_enter``.
+    pids, pins : tuple
+        As of a map.
+    """
+
+    id: int
+    kind: str
+    program_id: int
+    target: str
+    pids: tuple[int, ...] = ()
+    pins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PerfAttachment:
+    """A program that runs through a perf event: tracepoints and probes without a link.
+
+    Attributes
+    ----------
+    pid : int
+        Process that holds the event.
+    program_id : int
+        The program that it runs.
+    kind, target : str
+        ``tracepoint``, ``kprobe``, ...; and the event or function.
+    """
+
+    pid: int
+    program_id: int
+    kind: str
+    target: str
+
+
+_AnyObject = MapObject | ProgramObject | LinkObject
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Objects of one moment, by id.
+
+    Attributes
+    ----------
+    maps, programs, links : mapping from id to object
+        In ascending order of their ids.
+    perf_attachments : tuple of PerfAttachment
+        Attachments that are no objects of their own.
+    processes : mapping from pid to str
+        Names of the processes that hold any of them.
+    """
+
+    maps: Mapping[int, MapObject] = field(default_factory=dict)
+    programs: Mapping[int, ProgramObject] = field(default_factory=dict)
+    links: Mapping[int, LinkObject] = field(default_factory=dict)
+    perf_attachments: tuple[PerfAttachment, ...] = ()
+    processes: Mapping[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Count of maps, programs and links."""
+        return len(self.maps) + len(self.programs) + len(self.links)
+
+    def owned_by(self, pids: Iterable[int]) -> Objects:
+        """Objects that live because of these processes.
+
+        Parameters
+        ----------
+        pids : iterable of int
+            For example ``family(os.getpid())``.
+
+        Returns
+        -------
+        Objects
+            What they hold themselves, and what that refers to: the program of a link, the
+            maps of a program, the elements of an outer map.
+        """
+        wanted = set(pids)
+        return self._reached(lambda one: not wanted.isdisjoint(one.pids))
+
+    def orphans(self) -> Objects:
+        """Objects without a holder in sight.
+
+        Returns
+        -------
+        Objects
+            Neither a process nor a pin keeps them, directly or through another object. Such
+            a one is attached through netlink or a cgroup, lives in a mapping or a socket, is
+            an element of an outer map that could not be read in full, or is being freed.
+        """
+        held = self._reached(lambda one: bool(one.pids or one.pins))
+        return self._without(held)
+
+    def _reached(self, begins: Callable[[_AnyObject], bool]) -> Objects:
+        links = {i for i, link in self.links.items() if begins(link)}
+        programs = {i for i, program in self.programs.items() if begins(program)}
+        programs |= {self.links[i].program_id for i in links}
+        maps = {i for i, one in self.maps.items() if begins(one)}
+        while True:
+            before = len(maps) + len(programs)
+            for i in maps & self.maps.keys():
+                maps = maps.union(self.maps[i].map_ids)
+                programs = programs.union(self.maps[i].program_ids)
+            for i in programs & self.programs.keys():
+                maps = maps.union(self.programs[i].map_ids)
+            if len(maps) + len(programs) == before:
+                return self._only(maps, programs, links)
+
+    def _only(self, maps: set[int], programs: set[int], links: set[int]) -> Objects:
+        kept = Objects(
+            {i: one for i, one in self.maps.items() if i in maps},
+            {i: one for i, one in self.programs.items() if i in programs},
+            {i: one for i, one in self.links.items() if i in links},
+            tuple(one for one in self.perf_attachments if one.program_id in programs),
+        )
+        holders = {pid for one in kept._each() for pid in one.pids}
+        names = {pid: name for pid, name in self.processes.items() if pid in holders}
+        return Objects(kept.maps, kept.programs, kept.links, kept.perf_attachments, names)
+
+    def _without(self, others: Objects) -> Objects:
+        return self._only(
+            self.maps.keys() - others.maps.keys(),
+            self.programs.keys() - others.programs.keys(),
+            self.links.keys() - others.links.keys(),
+        )
+
+    def _each(self) -> Iterator[_AnyObject]:
+        yield from self.maps.values()
+        yield from self.programs.values()
+        yield from self.links.values()
+
+    def __str__(self) -> str:
+        """One line per object, for messages of failed checks."""
+        orphans = set(self.orphans()._each())
+        lines = []
+        for one in self._each():
+            what = type(one).__name__.removesuffix("Object").lower()
+            label = one.target if isinstance(one, LinkObject) else one.name
+            holders = [f"{self.processes.get(pid, '?')}[{pid}]" for pid in one.pids]
+            held = ", ".join([*holders, *one.pins]) or (
+                "no holder in sight" if one in orphans else "held through another object"
+            )
+            lines.append(f"{what} {one.id} {label} ({one.kind}): {held}")
+        return "\n".join(lines) or "no objects"
+
+
+def snapshot() -> Objects:
+    """Look at every map, program and link in the kernel.
+
+    Returns
+    -------
+    Objects
+        As of about now; it takes a few milliseconds where there are few processes.
+
+    Raises
+    ------
+    Unavailable
+        This user may not list BPF objects, or the machine has no libbpf.
+    """
+    try:
+        listed = {of: libbpf.ids(of) for of in ("map", "prog", "link")}
+    except OSError as error:
+        raise Unavailable(
+            f"The kernel refuses to list BPF objects ({libbpf.error_name(error.errno or 0)}): "
+            "run as root."
+        ) from error
+    # In this order: a descriptor that is open while it is looked at must not count as a holder.
+    maps = [one for one in map(_read_map, listed["map"]) if one]
+    programs = [one for one in map(_read_program, listed["prog"]) if one]
+    links = [one for one in map(_read_link, listed["link"]) if one]
+    held = _Held()
+    names = {pid: _process_name(pid) for pids in held.pids.values() for pid in pids}
+    return Objects(
+        {one.id: replace(one, **held.by("map", one.id)) for one in maps},
+        {one.id: replace(one, **held.by("prog", one.id)) for one in programs},
+        {one.id: replace(one, **held.by("link", one.id)) for one in links},
+        tuple(held.perf),
+        names,
+    )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What changed between two snapshots.
+
+    Attributes
+    ----------
+    added, removed : Objects
+        Objects of the later one alone, and of the earlier one alone.
+    """
+
+    added: Objects
+    removed: Objects
+
+
+def difference(before: Objects, after: Objects) -> Difference:
+    """Compare two snapshots by id.
+
+    Parameters
+    ----------
+    before, after : Objects
+        In the order in which they were taken.
+
+    Returns
+    -------
+    Difference
+        Objects of all processes; ``difference(...).added.owned_by(family(os.getpid()))`` is
+        what this process and its children have left open in between.
+    """
+    return Difference(after._without(before), before._without(after))
+
+
+def family(pid: int) -> set[int]:
+    """Return the ids of a process and of all that descend from it, as far as they live."""
+    parents: dict[int, list[int]] = {}
+    for child in _processes():
+        with suppress(OSError, ValueError, IndexError):
+            stat = Path(f"/proc/{child}/stat").read_text()
+            parents.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(child)
+    found: set[int] = set()
+    new = {pid}
+    while new:
+        found |= new
+        new = {child for one in new for child in parents.get(one, ())} - found
+    return found
+
+
+def maps_table(objects: Objects) -> pd.DataFrame:
+    """Tabulate maps.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per map, with the columns id, name, kind, key_size, value_size (bytes),
+        max_entries, flags, memlock_bytes, frozen, map_ids, program_ids, elements_complete,
+        pids, pins (as in :class:`MapObject`), used_by (ids of the programs that refer to it)
+        and processes (names of its holders).
+    """
+    used: dict[int, list[int]] = {}
+    for program in objects.programs.values():
+        for identifier in program.map_ids:
+            used.setdefault(identifier, []).append(program.id)
+    table = _table(MapObject, objects.maps, objects)
+    table.insert(len(table.columns) - 1, "used_by", [tuple(used.get(i, ())) for i in objects.maps])
+    return table
+
+
+def programs_table(objects: Objects) -> pd.DataFrame:
+    """Tabulate programs.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per program, with the columns id, name, kind, tag, memlock_bytes, jited_bytes,
+        map_ids, pids, pins (as in :class:`ProgramObject`), attached (what it runs at, as far
+        as links and perf events tell) and processes (names of its holders).
+    """
+    where: dict[int, list[str]] = {}
+    for link in objects.links.values():
+        where.setdefault(link.program_id, []).append(f"{link.kind} {link.target}".strip())
+    for perf in objects.perf_attachments:
+        where.setdefault(perf.program_id, []).append(f"{perf.kind} {perf.target}".strip())
+    table = _table(ProgramObject, objects.programs, objects)
+    attached = [tuple(where.get(i, ())) for i in objects.programs]
+    table.insert(len(table.columns) - 1, "attached", attached)
+    return table
+
+
+def links_table(objects: Objects) -> pd.DataFrame:
+    """Tabulate links.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per link, with the columns id, kind, program_id, target, pids, pins (as in
+        :class:`LinkObject`) and processes (names of its holders).
+    """
+    return _table(LinkObject, objects.links, objects)
+
+
+def _table(kind: type, rows: Mapping[int, Any], objects: Objects) -> pd.DataFrame:
+    columns = [one.name for one in fields(kind)]
+    table = pd.DataFrame(
+        [[getattr(row, column) for column in columns] for row in rows.values()], columns=columns
+    )
+    table["processes"] = [
+        tuple(objects.processes.get(pid, "?") for pid in row.pids) for row in rows.values()
+    ]
+    return table
+
+
+@contextmanager
+def _opened(of: str, identifier: int) -> Iterator[int]:
+    fd = libbpf.fd_by_id(of, identifier)
+    try:
+        yield fd
+    finally:
+        libbpf.close(fd)
+
+
+def _read_map(identifier: int) -> MapObject | None:
+    with suppress(OSError), _opened("map", identifier) as fd:
+        info = libbpf.map_info(fd)
+        known = _fdinfo(os.getpid(), fd)
+        kind = _kind_name(MapKind, info.type)
+        elements: tuple[int, ...] = ()
+        complete = True
+        if kind in ("array_of_maps", "hash_of_maps", "prog_array"):
+            elements, complete = _elements(fd, info.key_size)
+        return MapObject(
+            id=info.id,
+            name=info.name.decode(errors="replace"),
+            kind=kind,
+            key_size=info.key_size,
+            value_size=info.value_size,
+            max_entries=info.max_entries,
+            flags=info.map_flags,
+            memlock_bytes=int(known.get("memlock", "0")),
+            frozen=known.get("frozen") == "1",
+            map_ids=() if kind == "prog_array" else elements,
+            program_ids=elements if kind == "prog_array" else (),
+            elements_complete=complete,
+        )
+    return None
+
+
+def _elements(fd: int, key_size: int) -> tuple[tuple[int, ...], bool]:
+    """Ids of the objects that a map holds as its elements."""
+    lib = libbpf.library()
+    key, following = (ctypes.create_string_buffer(key_size) for _ in range(2))
+    value = ctypes.c_uint32()
+    found: set[int] = set()
+    deadline = time.monotonic() + _ELEMENTS_READ_S
+    previous = None
+    while lib.bpf_map_get_next_key(fd, previous, following) == 0:
+        if time.monotonic() > deadline:
+            return tuple(sorted(found)), False
+        if lib.bpf_map_lookup_elem(fd, following, ctypes.byref(value)) == 0:
+            found.add(value.value)
+        key, following = following, key
+        previous = key
+    return tuple(sorted(found)), True
+
+
+def _read_program(identifier: int) -> ProgramObject | None:
+    with suppress(OSError), _opened("prog", identifier) as fd:
+        info = libbpf.prog_info(fd)
+        known = _fdinfo(os.getpid(), fd)
+        return ProgramObject(
+            id=info.id,
+            name=info.name.decode(errors="replace"),
+            kind=_kind_name(ProgramKind, info.type),
+            tag=known.get("prog_tag", ""),
+            memlock_bytes=int(known.get("memlock", "0")),
+            jited_bytes=info.jited_prog_len,
+            map_ids=tuple(libbpf.prog_map_ids(fd)),
+        )
+    return None
+
+
+def _read_link(identifier: int) -> LinkObject | None:
+    with suppress(OSError), _opened("link", identifier) as fd:
+        info = libbpf.LinkInfo()
+        libbpf.object_info(fd, info)
+        known = _fdinfo(os.getpid(), fd)
+        target = [f"{k}={v}" for k, v in known.items() if k not in _COMMON_FIELDS]
+        known_kind = info.type < len(_LINK_KINDS)
+        return LinkObject(
+            id=info.id,
+            kind=_LINK_KINDS[info.type] if known_kind else f"type {info.type}",
+            program_id=info.prog_id,
+            target=" ".join(target),
+        )
+    return None
+
+
+def _kind_name(kinds: type[MapKind] | type[ProgramKind], number: int) -> str:
+    try:
+        return kinds(number).name.lower()
+    except ValueError:
+        return f"type {number}"
+
+
+class _Held:
+    """Who holds which object: descriptors of every process, and pins in every bpffs."""
+
+    def __init__(self) -> None:
+        self.pids: dict[tuple[str, int], set[int]] = {}
+        self.perf: list[PerfAttachment] = []
+        self._pins: dict[tuple[str, int], list[str]] = {}
+        self._walked: set[int] = set()
+        mounts: dict[str, int] = {}  # one process for every mount namespace
+        private: list[tuple[int, str]] = []
+        ours = os.getpid()
+        for pid in [ours, *(one for one in _processes() if one != ours)]:
+            with suppress(OSError):
+                mounts.setdefault(os.readlink(f"/proc/{pid}/ns/mnt"), pid)
+                for fd in os.listdir(f"/proc/{pid}/fd"):
+                    self._descriptor(pid, fd, private)
+        for pid in mounts.values():
+            for point in _bpffs_mounts(pid):
+                self._walk(point if pid == ours else f"/proc/{pid}/root{point}", None)
+        for pid, folder in private:
+            self._walk(folder, pid)
+
+    def by(self, of: str, identifier: int) -> dict[str, Any]:
+        """Fields ``pids`` and ``pins`` of one object."""
+        return {
+            "pids": tuple(sorted(self.pids.get((of, identifier), ()))),
+            "pins": tuple(sorted(self._pins.get((of, identifier), ()))),
+        }
+
+    def _descriptor(self, pid: int, fd: str, private: list[tuple[int, str]]) -> None:
+        path = f"/proc/{pid}/fd/{fd}"
+        with suppress(OSError):
+            target = os.readlink(path)
+            if target.startswith("anon_inode:bpf"):
+                if what := _identity(_fdinfo(pid, fd)):
+                    self.pids.setdefault(what, set()).add(pid)
+            elif target == "anon_inode:[perf_event]":
+                self._perf_event(pid, int(fd))
+            elif target == "/" and _is_bpffs(path):  # the root of a mount without a place
+                private.append((pid, path))
+
+    def _perf_event(self, pid: int, fd: int) -> None:
+        target, size = ctypes.create_string_buffer(256), ctypes.c_uint32(256)
+        program, kind = ctypes.c_uint32(), ctypes.c_uint32()
+        offset, address = ctypes.c_uint64(), ctypes.c_uint64()
+        result = libbpf.library().bpf_task_fd_query(
+            pid, fd, 0, target, *map(ctypes.byref, (size, program, kind, offset, address))
+        )
+        if result != 0:
+            return  # an event that runs no program
+        self.pids.setdefault(("prog", program.value), set()).add(pid)
+        known = kind.value < len(_PERF_KINDS)
+        self.perf.append(
+            PerfAttachment(
+                pid=pid,
+                program_id=program.value,
+                kind=_PERF_KINDS[kind.value] if known else f"type {kind.value}",
+                target=target.value.decode(errors="replace"),
+            )
+        )
+
+    def _walk(self, folder: str, holder: int | None) -> None:
+        with suppress(OSError):
+            device = os.stat(folder).st_dev
+            if device in self._walked and holder is None:
+                return  # mounted at several places
+            self._walked.add(device)
+            for parent, _, names in os.walk(folder):
+                for name in names:
+                    self._pin(os.path.join(parent, name), holder)
+
+    def _pin(self, path: str, holder: int | None) -> None:
+        with suppress(OSError):
+            fd = libbpf.open_pin(path)
+            try:
+                what = _identity(_fdinfo(os.getpid(), fd))
+            finally:
+                libbpf.close(fd)
+            if what:
+                self._pins.setdefault(what, []).append(path)
+                if holder is not None:
+                    self.pids.setdefault(what, set()).add(holder)
+
+
+def _processes() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _process_name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return "?"
+
+
+def _fdinfo(pid: int, fd: int | str) -> dict[str, str]:
+    with open(f"/proc/{pid}/fdinfo/{fd}") as file:
+        pairs = (line.partition(":") for line in file)
+        return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _identity(known: Mapping[str, str]) -> tuple[str, int] | None:
+    # A link's descriptor names its program too, and a program array's its owner.
+    for of in ("link", "map", "prog"):
+        if f"{of}_id" in known:
+            return of, int(known[f"{of}_id"])
+    return None
+
+
+def _is_bpffs(path: str) -> bool:
+    answer = ctypes.create_string_buffer(256)
+    if ctypes.CDLL(None).statfs(path.encode(), answer) != 0:
+        return False
+    return ctypes.c_long.from_buffer(answer).value == _BPF_FS_MAGIC
+
+
+def _bpffs_mounts(pid: int) -> list[str]:
+    """Mount points of bpffs in the mount namespace of a process, whole file systems first."""
+    found = []
+    with open(f"/proc/{pid}/mountinfo") as file:
+        for line in file:
+            mount, _, rest = line.partition(" - ")
+            if rest.split()[0] == "bpf":
+                _, _, _, root, point = mount.split()[:5]
+                plain = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point)
+                found.append((root != "/", plain))
+    return [point for _, point in sorted(found)]

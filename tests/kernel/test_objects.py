@@ -1,0 +1,186 @@
+"""The graph of maps, programs and links, on the kernel that runs here."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from labkit.kernel import libbpf, objects
+from labkit.kernel.libbpf import MapKind, ProgramKind
+from labkit.kernel.objects import Objects, difference, family, snapshot
+from labkit.kernel.parallel import Child
+from labkit.kernel.pins import PinFolder
+
+RETURN_ZERO = bytes([0xB7, 0, 0, 0, 0, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0])
+FREED_WITHIN_S = 10.0
+
+
+@pytest.fixture
+def closing() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def make_map(
+    closing: ExitStack, name: str, kind: MapKind = MapKind.ARRAY, inner_fd: int | None = None
+) -> int:
+    holds_objects = kind in (MapKind.PROG_ARRAY, MapKind.ARRAY_OF_MAPS)
+    fd = libbpf.map_create(
+        kind,
+        name=name,
+        key_size=4,
+        value_size=4 if holds_objects else 8,
+        max_entries=2,
+        inner_fd=inner_fd,
+    )
+    closing.callback(libbpf.close, fd)
+    return fd
+
+
+def make_program(closing: ExitStack, map_fd: int | None = None) -> int:
+    # BPF_LD_MAP_FD into r1 makes the program refer to the map.
+    load_map = b"" if map_fd is None else b"\x18\x11\0\0" + map_fd.to_bytes(4, "little") + bytes(8)
+    fd = libbpf.prog_load(ProgramKind.RAW_TRACEPOINT, load_map + RETURN_ZERO, name="labkit_obj")
+    closing.callback(libbpf.close, fd)
+    return fd
+
+
+def put(outer: int, index: int, fd: int) -> None:
+    key, value = ctypes.c_uint32(index), ctypes.c_uint32(fd)
+    result = libbpf.library().bpf_map_update_elem(outer, ctypes.byref(key), ctypes.byref(value), 0)
+    libbpf.checked(result, "placing an element")
+
+
+def ours(before: Objects) -> Objects:
+    return difference(before, snapshot()).added.owned_by([os.getpid()])
+
+
+def wait_until_gone(ids: set[int]) -> Objects:
+    deadline = time.monotonic() + FREED_WITHIN_S
+    while (now := snapshot()).maps.keys() & ids and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return now
+
+
+def test_a_map_is_listed_with_its_shape_and_its_holder(closing: ExitStack) -> None:
+    before = snapshot()
+    fd = make_map(closing, "labkit_one")
+    found = ours(before)
+    (one,) = found.maps.values()
+    assert one.id == libbpf.map_info(fd).id
+    assert (one.name, one.kind, one.key_size, one.value_size, one.max_entries) == (
+        "labkit_one", "array", 4, 8, 2,
+    )  # fmt: skip
+    assert one.memlock_bytes >= 16
+    assert one.pids == (os.getpid(),)
+    assert not one.frozen
+    assert os.getpid() in found.processes
+
+
+def test_what_goes_away_is_in_the_difference() -> None:
+    fd = libbpf.map_create(
+        MapKind.ARRAY, name="labkit_gone", key_size=4, value_size=8, max_entries=1
+    )
+    identifier = libbpf.map_info(fd).id
+    before = snapshot()
+    os.close(fd)
+    after = wait_until_gone({identifier})
+    assert identifier in difference(before, after).removed.maps
+
+
+def test_a_program_keeps_its_map_and_a_link_its_program() -> None:
+    with ExitStack() as closing:
+        before = snapshot()
+        with ExitStack() as early:
+            map_fd = make_map(early, "labkit_kept")
+            program = make_program(early, map_fd)
+            map_id, program_id = libbpf.map_info(map_fd).id, libbpf.prog_info(program).id
+            link = libbpf.checked(
+                libbpf.library().bpf_raw_tracepoint_open(b"sys_enter", program), "attaching"
+            )
+            closing.callback(libbpf.close, link)
+        found = ours(before)
+        assert found.programs[program_id].map_ids == (map_id,)
+        assert found.programs[program_id].pids == ()
+        assert map_id in found.maps and found.maps[map_id].pids == ()
+        (one,) = found.links.values()
+        assert (one.kind, one.program_id, one.pids) == (
+            "raw_tracepoint", program_id, (os.getpid(),),
+        )  # fmt: skip
+        assert "sys_enter" in one.target
+        assert len(found.orphans()) == 0
+        assert "held through another object" in str(found)
+
+
+def test_elements_of_an_outer_map_and_of_a_program_array_are_reached(closing: ExitStack) -> None:
+    before = snapshot()
+    with ExitStack() as early:
+        inner = make_map(early, "labkit_inner")
+        outer = make_map(closing, "labkit_outer", MapKind.ARRAY_OF_MAPS, inner_fd=inner)
+        put(outer, 1, inner)
+        program = make_program(early)
+        calls = make_map(closing, "labkit_calls", MapKind.PROG_ARRAY)
+        put(calls, 0, program)
+        inner_id, program_id = libbpf.map_info(inner).id, libbpf.prog_info(program).id
+    found = ours(before)
+    by_name = {one.name: one for one in found.maps.values()}
+    assert by_name["labkit_outer"].map_ids == (inner_id,)
+    assert by_name["labkit_outer"].elements_complete
+    assert by_name["labkit_calls"].program_ids == (program_id,)
+    assert inner_id in found.maps and program_id in found.programs
+
+
+def test_a_pin_in_a_private_bpffs_belongs_to_the_process_that_holds_it(closing: ExitStack) -> None:
+    before = snapshot()
+    folder = closing.enter_context(PinFolder())
+    with ExitStack() as early:
+        fd = make_map(early, "labkit_pinned")
+        identifier = libbpf.map_info(fd).id
+        libbpf.pin(fd, folder.path("policy"))
+    found = ours(before)
+    assert found.maps[identifier].pids == (os.getpid(),)
+    assert [os.path.basename(pin) for pin in found.maps[identifier].pins] == ["policy"]
+
+
+def test_a_child_is_a_holder_and_of_the_family(closing: ExitStack) -> None:
+    before = snapshot()
+    fd = make_map(closing, "labkit_child")
+    with Child(lambda: time.sleep(30)) as child:
+        assert {os.getpid(), child.pid} <= family(os.getpid())
+        (one,) = difference(before, snapshot()).added.owned_by([child.pid]).maps.values()
+        assert one.id == libbpf.map_info(fd).id
+        assert set(one.pids) == {os.getpid(), child.pid}
+
+
+def test_objects_that_vanish_meanwhile_are_no_error() -> None:
+    def churn() -> None:
+        for _ in range(3000):
+            with ExitStack() as closing:
+                make_program(closing, make_map(closing, "labkit_churn"))
+
+    with Child(churn) as child:
+        for _ in range(50):
+            found = snapshot()
+            assert all(one.id == identifier for identifier, one in found.maps.items())
+        child.result(60)
+
+
+def test_tables_have_a_row_per_object_and_the_documented_columns(closing: ExitStack) -> None:
+    before = snapshot()
+    map_fd = make_map(closing, "labkit_table")
+    program = make_program(closing, map_fd)
+    found = ours(before)
+    maps, programs = objects.maps_table(found), objects.programs_table(found)
+    assert list(maps["name"]) == ["labkit_table"]
+    assert list(maps["used_by"]) == [(libbpf.prog_info(program).id,)]
+    assert list(programs["map_ids"]) == [(libbpf.map_info(map_fd).id,)]
+    assert list(programs["attached"]) == [()]
+    assert objects.links_table(found).empty
+    assert {"id", "kind", "program_id", "target", "processes"} <= set(
+        objects.links_table(found).columns
+    )
