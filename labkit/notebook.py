@@ -1,0 +1,479 @@
+"""What a notebook calls: measure, show, draw, conclude; the last cells assert and document.
+
+One notebook holds one `Investigation`. An experiment that cannot run, or whose finding
+fails, does not stop the notebook: it is shown, remembered, and named by
+:meth:`Investigation.assert_findings`, so that no failure hides another.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from IPython.display import DisplayHandle, display
+
+from labkit import measure as worker
+from labkit.analysis import runs
+from labkit.analysis.findings import Finding, FindingFailed, judge
+from labkit.analysis.runs import PROFILES, Run
+from labkit.errors import BadInput, LabError, Unavailable
+from labkit.failures.experiment import Experiment, find
+
+FINDING_MIME = "application/vnd.labkit.finding+json"
+"""Output type under which the report finds what a notebook concluded; see `Outcome`."""
+
+KEY_FIGURE = "labkit_key_figure"
+"""Metadata of the figure that stands for its notebook on the report's first page."""
+
+_CHECKOUT = Path(__file__).resolve().parents[1]
+_BETWEEN_UPDATES_S = 0.25  # progress lines: enough to read, too few to flood a front end
+
+
+@dataclass
+class Outcome:
+    """What became of one experiment in a notebook, as the report reads it.
+
+    Attributes
+    ----------
+    experiment, number, question
+        As in the catalogue.
+    state
+        ``"holds"``, ``"fails"``, ``"error"`` (no finding came about) or ``"lacks"`` (this
+        kernel lacks a feature, and no recorded run stands in).
+    sentence
+        The finding, or what went wrong, or what is missing.
+    live
+        Whether it was measured on the running kernel.
+    kernel
+        Release that it was measured on; empty without a run.
+    run
+        Directory of the run, relative to the checkout where it is inside; empty without.
+    lacks
+        What this kernel lacks, as a sentence; empty where it lacks nothing.
+    """
+
+    experiment: str
+    number: int
+    question: str
+    state: str
+    sentence: str
+    live: bool = False
+    kernel: str = ""
+    run: str = ""
+    lacks: str = ""
+
+
+class Investigation:
+    """The thread that runs through one notebook.
+
+    Parameters
+    ----------
+    name : str
+        The notebook's file name without its ending.
+    profile : str
+        ``quick`` or ``full``.
+    runs_folder : str or Path
+        Where runs are saved; relative paths start at the checkout.
+    changes : mapping, optional
+        Parameters that differ from the profile's, by experiment id:
+        ``{"transient-null": {"rounds": 5}}``.
+    time_limit_s : float, optional
+        Bound for each experiment, seconds; by default the profile's.
+
+    Raises
+    ------
+    BadInput
+        Unknown profile, experiment or parameter, or a value that cannot be meant.
+
+    Examples
+    --------
+    >>> lab = Investigation("01-stale-reads", profile="quick")  # doctest: +SKIP
+    >>> run = lab.measure("transient-null")  # doctest: +SKIP
+    >>> lab.draw(run)  # doctest: +SKIP
+    >>> lab.conclude(run)  # doctest: +SKIP
+    >>> lab.assert_findings()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        profile: str,
+        runs_folder: str | Path = "runs",
+        changes: Mapping[str, Mapping[str, Any]] | None = None,
+        time_limit_s: float | None = None,
+    ) -> None:
+        if profile not in PROFILES:
+            raise BadInput(f"A profile is {' or '.join(PROFILES)}, not {profile!r}.")
+        if time_limit_s is not None and not (
+            isinstance(time_limit_s, int | float) and time_limit_s > 0
+        ):
+            raise BadInput(f"time_limit_s is a number of seconds above 0, not {time_limit_s!r}.")
+        if not isinstance(changes or {}, Mapping):
+            raise BadInput(f"changes maps experiment ids to parameters, unlike {changes!r}.")
+        self.name = name
+        self.profile = profile
+        self.runs_folder = _CHECKOUT / runs_folder
+        self.changes = {id: dict(changed) for id, changed in (changes or {}).items()}
+        for id, changed in self.changes.items():
+            find(id).parameters(profile, changed)
+        self.time_limit_s = time_limit_s
+        self._outcomes: dict[str, Outcome] = {}
+        self._pending: dict[str, str] = {}  # measured, not concluded: what the kernel lacks
+
+    def measure(self, experiment: str) -> Run | None:
+        """Run an experiment in a worker process, and load what it saved.
+
+        Where this kernel cannot, the recorded run of one that can stands in, marked.
+
+        Parameters
+        ----------
+        experiment : str
+            Id, as ``python -m labkit list`` shows it.
+
+        Returns
+        -------
+        Run or None
+            None where there is nothing to judge; `show`, `draw` and `conclude` take it and
+            do nothing.
+
+        Raises
+        ------
+        BadInput
+            There is no such experiment.
+        """
+        subject = find(experiment)
+        _show(f"<p><b>Question.</b> {escape(subject.question)}</p>", subject.question)
+        progress = _Progress(experiment)
+        try:
+            run = worker.measure(
+                experiment,
+                self.profile,
+                self.changes.get(experiment),
+                folder=self.runs_folder,
+                time_limit_s=self.time_limit_s,
+                say=progress.say,
+            )
+            lacks = ""
+        except Unavailable as error:
+            lacks = str(error)
+            stand_in = self._recorded(subject, progress, lacks)
+            if stand_in is None:
+                return None
+            run = stand_in
+        except Exception as error:
+            progress.end("", "")
+            self._failed(subject, error)
+            return None
+        line = (
+            f"Recorded on kernel {run.kernel} ({run.provenance['recorded_at']}), not measured "
+            f"here. {lacks}"
+            if run.recorded
+            else f"Measured in {_seconds(run)} on kernel {run.kernel}, saved as {_place(run)}."
+        )
+        progress.end(_banner(line) if run.recorded else f"<p>{escape(line)}</p>", line)
+        _show(_counts_html(run), run.counts.to_string(index=False))
+        self._pending[experiment] = lacks
+        return run
+
+    def show(self, run: Run | None, table: str) -> None:
+        """Show one table of a run, at most its first twenty rows.
+
+        Parameters
+        ----------
+        run : Run or None
+            From `measure`; nothing is shown for None.
+        table : str
+            Its name in the run.
+        """
+        if run is None:
+            return
+        try:
+            rows = run.table(table)
+        except LabError as error:
+            self._failed(find(run.experiment), error)
+            return
+        rest = f"<p>{len(rows) - 20} more rows are in the run.</p>" if len(rows) > 20 else ""
+        head = rows.head(20)
+        _show(head.to_html(index=False, border=0) + rest, head.to_string(index=False))
+
+    def draw(self, run: Run | None, *, key: bool = False) -> None:
+        """Draw the experiment's figure from the run, as a static picture.
+
+        Parameters
+        ----------
+        run : Run or None
+            From `measure`; nothing is drawn for None.
+        key : bool
+            This figure stands for the notebook on the report's first page; the first one
+            does where none is marked.
+        """
+        if run is None:
+            return
+        subject = find(run.experiment)
+        try:
+            picture = _picture(run)
+        except Exception as error:
+            self._failed(subject, error)
+            return
+        about = f"Figure of {run.experiment}: {subject.question}"
+        _display(
+            {"image/png": picture, "text/plain": about},
+            {"image/png": {"alt": about}, KEY_FIGURE: key},
+        )
+        if run.recorded:
+            caption = f"Drawn from the run recorded on kernel {run.kernel}."
+            _show(_banner(caption), caption)
+
+    def conclude(self, run: Run | None) -> None:
+        """Judge the run and show its finding; `assert_findings` demands it later.
+
+        Parameters
+        ----------
+        run : Run or None
+            From `measure`; None was dealt with there.
+        """
+        if run is None:
+            return
+        subject = find(run.experiment)
+        lacks = self._pending.pop(run.experiment, "")
+        try:
+            finding = judge(run)
+        except Exception as error:
+            self._failed(subject, error)
+            return
+        outcome = Outcome(
+            subject.id,
+            subject.number,
+            subject.question,
+            "holds" if finding.holds else "fails",
+            finding.sentence,
+            live=not run.recorded,
+            kernel=run.kernel,
+            run=_place(run),
+            lacks=lacks,
+        )
+        html, text = _finding_html(finding, run), str(finding)
+        if run.recorded:
+            text += f"\n  recorded on kernel {run.kernel}"
+        # A section whose table or figure failed stays failed, whatever the counts say.
+        if self._state(subject.id) == "error":
+            _show(html, text)
+        else:
+            self._remember(outcome, html, text)
+
+    def doctor(self) -> None:
+        """Show what this kernel can do, found out by trying."""
+        from labkit.kernel import probe
+
+        table = pd.DataFrame(
+            [
+                {
+                    "feature": feature.name,
+                    "works": "yes" if feature.works else "no",
+                    "the kernel's answer": feature.answer,
+                    "what to do": "" if feature.works else feature.advice,
+                }
+                for feature in probe.probe_all()
+            ]
+        )
+        _show(table.to_html(index=False, border=0), table.to_string(index=False))
+
+    def assert_findings(self) -> None:
+        """Demand that every finding of this notebook holds.
+
+        Raises
+        ------
+        FindingFailed
+            Names every experiment whose finding fails, that ended in an error, or that was
+            measured and never concluded.
+        """
+        bad = [f"{one.experiment}: {one.sentence}" for one in self._all("fails", "error")]
+        bad += [f"{id}: measured, but never concluded" for id in self._pending]
+        good = self._all("holds")
+        live = sum(one.live for one in good)
+        words = [f"{_number(live, 'finding')} held on this kernel"]
+        if len(good) > live:
+            words.append(f"{_number(len(good) - live, 'recorded run')} stood in and held")
+        if lacking := self._all("lacks"):
+            words.append(f"{', '.join(one.experiment for one in lacking)} could not run")
+        if bad:
+            raise FindingFailed(
+                f"{len(bad)} of {len(self._outcomes) + len(self._pending)} experiments failed "
+                f"({', '.join(words)}):\n" + "\n".join(f"- {one}" for one in bad)
+            )
+        summary = "; ".join(words) + "."
+        _show(f"<p><b>{escape(summary)}</b></p>", summary)
+
+    def provenance(self) -> None:
+        """Show what this notebook ran on, and with which code and parameters."""
+        from labkit.kernel.provenance import provenance
+
+        facts = {
+            **provenance(),
+            "profile": self.profile,
+            "changed parameters": self.changes or "none",
+            "runs folder": _shown(self.runs_folder),
+        }
+        table = pd.DataFrame({"fact": facts.keys(), "value": [_plain(v) for v in facts.values()]})
+        _show(table.to_html(index=False, border=0), table.to_string(index=False))
+
+    def _recorded(self, subject: Experiment, progress: _Progress, lacks: str) -> Run | None:
+        """The recorded run of the newest kernel, of this profile if there is one."""
+        others = [name for name in PROFILES if name != self.profile]
+        try:
+            for profile in [self.profile, *others]:
+                if known := runs.recorded(subject.id, profile=profile):
+                    return known[-1]
+        except LabError as error:
+            progress.end("", "")
+            self._failed(subject, error)
+            return None
+        line = f"{lacks} No recorded run stands in for it."
+        progress.end("", "")
+        outcome = Outcome(subject.id, subject.number, subject.question, "lacks", line, lacks=lacks)
+        self._remember(outcome, _banner(line), line)
+        return None
+
+    def _failed(self, subject: Experiment, error: Exception) -> None:
+        """Show an error and remember it; the notebook goes on."""
+        self._pending.pop(subject.id, None)
+        if isinstance(error, LabError):
+            sentence, detail = str(error), ""
+        else:
+            sentence = f"{type(error).__name__}: {error}"
+            trace = escape("".join(traceback.format_exception(error)))
+            detail = f"<details><summary>Where</summary><pre>{trace}</pre></details>"
+        outcome = Outcome(subject.id, subject.number, subject.question, "error", sentence)
+        html = (
+            "<div style='border-left:4px solid #D55E00;padding-left:0.8em'><p>"
+            f"<b>{escape(subject.id)} came to no finding.</b> {escape(sentence)}</p>{detail}</div>"
+        )
+        self._remember(outcome, html, f"{subject.id} came to no finding: {sentence}")
+
+    def _remember(self, outcome: Outcome, html: str, text: str) -> None:
+        self._outcomes[outcome.experiment] = outcome
+        _display({"text/html": html, "text/plain": text, FINDING_MIME: vars(outcome)})
+
+    def _state(self, experiment: str) -> str:
+        known = self._outcomes.get(experiment)
+        return known.state if known else ""
+
+    def _all(self, *states: str) -> list[Outcome]:
+        return [one for one in self._outcomes.values() if one.state in states]
+
+
+class _Progress:
+    """One line that each new one replaces, so that a report keeps only the last."""
+
+    def __init__(self, experiment: str) -> None:
+        self._experiment = experiment
+        self._handle = _display({"text/plain": f"{experiment}: starting"})
+        self._shown = time.monotonic()
+
+    def say(self, words: str) -> None:
+        if time.monotonic() - self._shown >= _BETWEEN_UPDATES_S:
+            self._update({"text/plain": f"{self._experiment}: {words}"})
+
+    def end(self, html: str, text: str) -> None:
+        self._update({"text/html": html, "text/plain": text})
+
+    def _update(self, bundle: dict[str, str]) -> None:
+        self._shown = time.monotonic()
+        if self._handle is not None:
+            self._handle.update(bundle, raw=True)  # type: ignore[no-untyped-call]
+
+
+def _display(
+    bundle: dict[str, Any], metadata: dict[str, Any] | None = None
+) -> DisplayHandle | None:
+    """Show one output; the handle changes it later, and is None outside a notebook."""
+    handle: DisplayHandle | None = display(  # type: ignore[no-untyped-call]
+        bundle, raw=True, display_id=True, metadata=metadata
+    )
+    return handle
+
+
+def _show(html: str, text: str) -> None:
+    _display({"text/html": html, "text/plain": text})
+
+
+def _picture(run: Run) -> bytes:
+    """PNG of the run's figure; the figure is closed."""
+    from matplotlib import pyplot
+
+    from labkit.analysis import figures
+
+    figure = figures.draw(run)
+    try:
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=144, bbox_inches="tight")
+        return file.getvalue()
+    finally:
+        pyplot.close(figure)
+
+
+def _counts_html(run: Run) -> str:
+    columns: dict[str, Callable[[Any], str]] = {
+        "variant": str,
+        "case": str,
+        "operations": "{:,}".format,
+        "anomalies": "{:,}".format,
+        "anomaly": str,
+        "cost_ns": lambda ns: "" if pd.isna(ns) else f"{ns:,.3g}" if ns < 1e3 else f"{ns:,.0f}",
+    }
+    titles = ("variant", "case", "operations", "of them bad", "what", "ns per operation")
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td>{escape(form(row[name]))}</td>" for name, form in columns.items())
+        + "</tr>"
+        for _, row in run.counts.iterrows()
+    )
+    return f"<table class='counts'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _finding_html(finding: Finding, run: Run) -> str:
+    html = finding._repr_html_()
+    if run.recorded:
+        html += _banner(f"Judged from the run recorded on kernel {run.kernel}.")
+    return html
+
+
+def _banner(words: str) -> str:
+    return (
+        "<p class='recorded' style='border:1px dashed #CC79A7;padding:0.3em 0.8em'>"
+        f"{escape(words)}</p>"
+    )
+
+
+def _place(run: Run) -> str:
+    return "" if run.path is None else _shown(run.path)
+
+
+def _shown(path: Path) -> str:
+    """A path as the user knows it: from the checkout, or its last part."""
+    absolute = path.absolute()
+    return str(
+        absolute.relative_to(_CHECKOUT) if absolute.is_relative_to(_CHECKOUT) else absolute.name
+    )
+
+
+def _seconds(run: Run) -> str:
+    return f"{run.provenance.get('duration_s', 0):.1f} s"
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
