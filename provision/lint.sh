@@ -26,7 +26,7 @@ check "ruff format" ruff format --quiet --check .
 check "mypy" mypy --no-error-summary
 check "import rules" lint-imports --no-logo
 if ((${#notebooks[@]} > 0)); then
-    check "notebooks stripped" nbstripout --verify "${notebooks[@]}"
+    check "notebooks stripped" nbstripout --verify --keep-id "${notebooks[@]}"
 fi
 
 ((${#failed[@]} == 0)) || die "These checks failed: ${failed[*]}"
