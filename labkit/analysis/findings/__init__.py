@@ -10,18 +10,17 @@ Each family of experiments has a module in this package, with one function per e
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 
+from labkit.analysis.registry import Registry
 from labkit.analysis.runs import Run
 from labkit.errors import BadInput, LabError
 
 Judge = Callable[[Run], "Finding"]
 
-_judges: dict[str, Judge] = {}
+_judges: Registry[Judge] = Registry(__name__, "finding")
 
 
 class FindingFailed(LabError, AssertionError):
@@ -120,18 +119,7 @@ def judges(experiment: str) -> Callable[[Judge], Judge]:
     BadInput
         When another function judges that experiment already.
     """
-
-    def register(function: Judge) -> Judge:
-        known = _judges.get(experiment, function)
-        # A module that a notebook reloads registers the same function again.
-        if (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
-            raise BadInput(
-                f"{experiment} is judged by {known.__module__}.{known.__qualname__} already."
-            )
-        _judges[experiment] = function
-        return function
-
-    return register
+    return _judges.register(experiment)
 
 
 def judge(run: Run) -> Finding:
@@ -142,11 +130,7 @@ def judge(run: Run) -> Finding:
     BadInput
         When no family judges the run's experiment.
     """
-    if run.experiment not in judged():
-        raise BadInput(
-            f"No finding is written for {run.experiment}; there is one for {', '.join(judged())}."
-        )
-    finding = _judges[run.experiment](run)
+    finding = _judges.find(run.experiment)(run)
     if finding.experiment != run.experiment:
         raise BadInput(f"The finding of {run.experiment} calls itself {finding.experiment!r}.")
     return finding
@@ -154,6 +138,4 @@ def judge(run: Run) -> Finding:
 
 def judged() -> tuple[str, ...]:
     """Return the ids of all experiments that have a finding, sorted."""
-    for family in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{family.name}")
-    return tuple(sorted(_judges))
+    return _judges.ids()
