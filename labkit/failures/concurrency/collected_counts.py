@@ -80,11 +80,11 @@ def collected_counts(*, keys: int, events: int, pause_ms: float, rounds: int) ->
             )
     table = pd.DataFrame(rows)
     triad = Triad("lost")
-    for (variant, case), group in table.groupby(["variant", "case"], sort=False):
+    for (name, label), group in table.groupby(["variant", "case"], sort=False):
         produced, got = int(group["events"].sum()), int(group["collected"].sum())
         triad.add(
-            str(variant),
-            case=str(case),
+            str(name),
+            case=str(label),
             operations=produced,
             anomalies=produced - got,
             cost_ns=float(group["key_ns"].median()),
@@ -123,7 +123,7 @@ def _items_and_clear(unit: Unit, keys: int) -> Collect:
     table = unit.table("counts")
 
     def collect() -> int:
-        total = sum(leaf.value for _, leaf in table.items())
+        total: int = sum(leaf.value for _, leaf in table.items())
         table.clear()
         return total
 

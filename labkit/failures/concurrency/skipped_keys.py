@@ -66,11 +66,11 @@ def skipped_keys(*, residents: int, churned: int, walks: int, rounds: int) -> Ta
                 rows.append({"variant": variant, "case": case, "round": turn, **row})
     table = pd.DataFrame(rows)
     triad = Triad("skipped or repeated")
-    for (variant, case), group in table.groupby(["variant", "case"], sort=False):
+    for (name, label), group in table.groupby(["variant", "case"], sort=False):
         wrong = np.minimum(group["skipped"] + group["repeated"], residents)
         triad.add(
-            str(variant),
-            case=str(case),
+            str(name),
+            case=str(label),
             operations=residents * len(group),
             anomalies=int(wrong.sum()),
             cost_ns=float((group["spent_ns"] / group["shown"].clip(lower=1)).median()),
