@@ -1,0 +1,151 @@
+"""Figures: one function per experiment, drawn from a saved run alone.
+
+Each family of experiments has modules in this package, with one function per experiment::
+
+    @draws("torn-reads")
+    def torn_reads(run: Run, *, ax: Axes | None = None) -> Axes: ...
+
+It draws on ``ax``, or on `style.axes`, and returns the axes; a figure of several axes returns the
+`Figure` that it made. `draw` calls it in the lab's style and signs the figure with its provenance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from labkit.analysis import style
+from labkit.analysis.registry import Registry
+from labkit.analysis.runs import VARIANTS, Run
+from labkit.analysis.statistics import wilson, zero_bound
+from labkit.errors import BadInput
+
+Drawing = Callable[..., Axes | Sequence[Axes] | Figure]
+AnyDrawing = TypeVar("AnyDrawing", bound=Drawing)
+
+_drawings: Registry[Drawing] = Registry(__name__, "figure")
+
+
+def draws(experiment: str) -> Callable[[AnyDrawing], AnyDrawing]:
+    """Decorate the function that draws the runs of one experiment.
+
+    Raises
+    ------
+    BadInput
+        When another function draws that experiment already.
+    """
+
+    def decorate(function: AnyDrawing) -> AnyDrawing:
+        _drawings.register(experiment)(function)
+        return function
+
+    return decorate
+
+
+def draw(run: Run) -> Figure:
+    """Draw the figure of a run and sign it with its provenance.
+
+    Parameters
+    ----------
+    run
+        A run; with empty counts, nothing is drawn on the axes.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Closed for pyplot, so that a notebook shows it once and nothing stays in memory.
+
+    Raises
+    ------
+    BadInput
+        When no figure is written for the run's experiment.
+    """
+    drawing = _drawings.find(run.experiment)
+    before = set(pyplot.get_fignums())
+    try:
+        with style.applied():
+            drawn = style.axes(None) if run.counts.empty else drawing(run)
+            figure = _figure(drawn, run)
+            style.sign(figure, run)
+            return figure
+    finally:
+        for number in set(pyplot.get_fignums()) - before:
+            pyplot.close(number)
+
+
+def drawn() -> tuple[str, ...]:
+    """Return the ids of all experiments that have a figure, sorted."""
+    return _drawings.ids()
+
+
+def anomaly_rates(run: Run, *, ax: Axes | None = None) -> Axes:
+    """Draw anomalies per operation for every case, with 95 % intervals, on a logarithmic axis.
+
+    A case without an anomaly is a hollow marker at the upper bound of its rate, with an arrow
+    towards zero: not seen is not the same as never. The intervals take operations as independent
+    (see `statistics.wilson`).
+
+    Parameters
+    ----------
+    run
+        Its counts are drawn, one row each.
+    ax
+        Where to draw.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+    """
+    rows = run.counts[run.counts["operations"] > 0]
+    ax = style.axes(ax, height=max(style.HALF_PAGE[1], 1.2 + 0.2 * len(rows)))
+    if rows.empty:
+        return ax
+    rows = rows.assign(order=rows["variant"].map(VARIANTS.index)).sort_values(
+        "order", kind="stable"
+    )
+    labels = []
+    for y, (variant, case, operations, anomalies) in enumerate(
+        zip(rows["variant"], rows["case"], rows["operations"], rows["anomalies"], strict=True)
+    ):
+        labels.append(case or variant)
+        look = style.VARIANT[variant]
+        if anomalies:
+            rate = wilson(int(anomalies), int(operations))
+            spread = [[rate.estimate - rate.low], [rate.high - rate.estimate]]
+            ax.errorbar(rate.estimate, y, xerr=spread, **look.points())
+        else:
+            bound = zero_bound(int(operations))
+            ax.errorbar(bound, y, xerr=bound / 2, xuplims=True, **look.points(), mfc="white")
+    for variant in VARIANTS:
+        if (rows["variant"] == variant).any():
+            ax.plot([], [], **style.VARIANT[variant].points(), label=variant)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(numticks=7))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.grid(False, axis="y")
+    words = " or ".join(dict.fromkeys(map(str, rows["anomaly"])))
+    ax.set_xlabel(f"{words} per operation\n(hollow: none seen, bound at 95 %)")
+    ax.legend(
+        loc="lower right", bbox_to_anchor=(1, 1), ncols=len(VARIANTS), columnspacing=1.2,
+        handletextpad=0.2,
+    )  # fmt: skip
+    return ax
+
+
+def _figure(drawn: Axes | Sequence[Axes] | Figure, run: Run) -> Figure:
+    if isinstance(drawn, Figure):
+        return drawn
+    first = drawn if isinstance(drawn, Axes) else np.ravel(np.asarray(drawn, dtype=object))[0]
+    if not isinstance(first, Axes):
+        raise BadInput(f"The figure of {run.experiment} must return axes or a figure.")
+    figure = first.get_figure(root=True)
+    assert figure is not None
+    return figure
