@@ -1,7 +1,9 @@
 """Measure in a process of its own: bounded in time, and nothing is left when it dies.
 
 The worker holds every program, map and link of the experiment, so that the kernel frees
-them however it ends. It hands over one thing: the directory of the saved run.
+them however it ends. It hands over one thing: the directory of the saved run. It is the
+leader of a process group, dies with its parent, and has a guard: a small process that ends
+the whole group once the worker is gone, whatever killed it.
 """
 
 from __future__ import annotations
@@ -13,15 +15,16 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from labkit import errors
 from labkit.analysis import runs
 from labkit.analysis.runs import Run
-from labkit.errors import LabError, TimedOut
+from labkit.errors import BadInput, LabError, TimedOut
 from labkit.failures.experiment import find
 from labkit.kernel.parallel import die_with_parent
 
@@ -67,15 +70,20 @@ def measure(
     ------
     BadInput
         Before a worker is started.
+    SaveFailed
+        The folder of runs cannot be written, or the disk is full.
     Unavailable
         The kernel lacks a feature.
     TimedOut
-        The time limit passed.
+        The time limit passed; the worker and all its children were killed.
     LabError
         The worker failed; the sentence says how.
     """
     find(experiment).parameters(profile, changed)
     limit = TIME_LIMIT_S[profile] if time_limit_s is None else time_limit_s
+    if not limit > 0:
+        raise BadInput(f"A time limit is a number of seconds above 0, not {limit!r}.")
+    _check_writable(Path(folder))
     order = {
         "experiment": experiment,
         "profile": profile,
@@ -120,6 +128,8 @@ def _attend(
     with selectors.DefaultSelector() as waiting:
         waiting.register(worker.stdout, selectors.EVENT_READ)
         waiting.register(worker.stderr, selectors.EVENT_READ)
+        # A pipe is open as long as any process of the group has it; the guard sees to it that
+        # none outlives the worker.
         while waiting.get_map():
             left = deadline - time.monotonic()
             if left <= 0:
@@ -140,6 +150,19 @@ def _attend(
                         noise = [*noise[-20:], words]
                         _pass_on(words, say)
     return answer.decode(), [line for line in noise if line.strip()]
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse at once what would only show when the run is saved."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise runs.SaveFailed(
+            f"Runs cannot be saved in {folder} ({error.strerror or error}); free some space or "
+            "name a folder that can be written."
+        ) from None
 
 
 def _pass_on(words: str, say: Callable[[str], None] | None) -> None:
@@ -164,9 +187,6 @@ def _error(kind: str) -> type[LabError]:
 
 
 def _work(order: dict[str, Any]) -> dict[str, str]:
-    die_with_parent()
-    if os.getppid() != order["parent"]:
-        raise LabError("The process that ordered this run has gone.")
     try:
         run = find(order["experiment"]).run(order["profile"], order["changed"])
         return {"path": str(runs.save(run, Path(order["folder"])))}
@@ -174,5 +194,36 @@ def _work(order: dict[str, Any]) -> dict[str, str]:
         return {"error": str(error), "kind": type(error).__name__}
 
 
+@contextlib.contextmanager
+def _guarded() -> Iterator[None]:
+    """Have a process end our whole group when we are gone, also after kill -9."""
+    worker, group = os.getpid(), os.getpgid(0)
+    guard = os.fork()
+    if guard == 0:
+        os.closerange(0, os.sysconf("SC_OPEN_MAX"))
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGINT, signal.SIGTERM})
+        die_with_parent(signal.SIGUSR1)
+        if os.getppid() == worker:
+            signal.sigwait({signal.SIGUSR1})
+        os.killpg(group, signal.SIGKILL)  # us as well
+    try:
+        yield
+    finally:
+        os.kill(guard, signal.SIGKILL)
+        os.waitpid(guard, 0)
+
+
+def _main(order: dict[str, Any]) -> None:
+    if sys.platform != "linux":  # nothing to guard: the experiment says what it lacks here
+        print(json.dumps(_work(order)), flush=True)
+        return
+    die_with_parent()
+    if os.getppid() != order["parent"]:
+        sys.exit("The process that ordered this run has gone.")
+    with _guarded():
+        answer = json.dumps(_work(order))
+    print(answer, flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps(_work(json.loads(sys.argv[1]))), flush=True)
+    _main(json.loads(sys.argv[1]))
