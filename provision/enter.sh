@@ -30,7 +30,7 @@ fi
 
 [[ -d $LAB_ROOT/.venv/bin ]] && PATH=$LAB_ROOT/.venv/bin:$PATH
 # Debian keeps what the lab calls here, and an ordinary user's PATH does not.
-PATH=$PATH:/usr/sbin:/sbin
+PATH=$PATH:/usr/sbin:/sbin:$LAB_STATE/bin
 export PATH
 if [[ -z ${BCC_KERNEL_SOURCE:-} ]]; then
     BCC_KERNEL_SOURCE=$("$LAB_ROOT/provision/headers.sh" --path)

@@ -4,6 +4,9 @@
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+# Made by the user, so that what root adds to it can be removed by the user.
+mkdir -p "$LAB_STATE"
+
 for step in system-packages headers python; do
     status=0
     "$LAB_ROOT/provision/$step.sh" || status=$?
@@ -11,3 +14,10 @@ for step in system-packages headers python; do
         exit "$status"
     fi
 done
+
+# Debian's redis-tools holds the server as well, under the name of its checker; the separate package
+# would start a service.
+if ! command -v redis-server >/dev/null && checker=$(command -v redis-check-rdb); then
+    mkdir -p "$LAB_STATE/bin"
+    ln -sfn "$checker" "$LAB_STATE/bin/redis-server"
+fi

@@ -79,4 +79,4 @@ fi
 # leaves no file.
 exec 9</var/lib/apt
 flock 9
-with_progress "$(mktemp -d)/apt.log" "Installing Debian packages" install_packages
+with_progress "$LAB_STATE/apt.log" "Installing Debian packages" install_packages
