@@ -1,0 +1,646 @@
+"""Checkers: which operations of a history went wrong, and by how much.
+
+Each is a pure function over arrays, with its definition in words, its cost and its source. A
+checker that takes a `history` expects a valid one (`history.build`, `history.validate`) and
+returns one answer per row, so that the answers of several can be combined. ``n`` is the number of
+rows.
+
+Definitions
+-----------
+A read that saw version v is *at* v. A read that found its key absent is at the newest delete that
+had begun by the read's end, or at 0 where there is none: the choice that favours the map.
+A torn read is at no version; it counts in `torn` and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from labkit.analysis.history import History, Mask, Op, applied, committed, placeable
+from labkit.errors import BadInput
+
+Ints = NDArray[np.int64]
+Unsigned = NDArray[np.uint64]
+
+
+def stale(history: History) -> Mask:
+    """Mark reads that are at a version older than one committed before the read began.
+
+    Regularity of a register, "safety (b)" of Lamport ("On Interprocess Communication", 1986): a
+    read returns the newest write that completed before it, or one that overlaps it. O(n log n).
+    """
+    reads = placeable(history)
+    mask = np.zeros(len(history), np.bool_)
+    mask[reads] = _positions(history)[reads] < _newest_before(history)[reads]
+    return mask
+
+
+def null_reads(history: History) -> Mask:
+    """Mark stale reads that found the key absent: it was there, and nobody had deleted it."""
+    mask: Mask = stale(history) & (history["version"] == 0)
+    return mask
+
+
+def k_staleness(history: History) -> Ints:
+    """How many versions each read is behind the newest committed before it began.
+
+    k-staleness of PBS (Bailis et al., "Probabilistically Bounded Staleness for Practical Partial
+    Quorums", VLDB 2012), counted over the versions that the history has: 0 is fresh, 1 is one
+    behind. O(n log n).
+
+    Returns
+    -------
+    numpy.ndarray
+        int64, shape (n,); -1 in rows that are no read or a torn one.
+    """
+    reads = placeable(history)
+    changes = applied(history)
+    behind = np.full(len(history), -1, np.int64)
+    keys = history["key"][reads]
+    newest = _rank(history, changes, keys, _newest_before(history)[reads])
+    at = _rank(history, changes, keys, _positions(history)[reads])
+    behind[reads] = np.maximum(newest - at, 0)
+    return behind
+
+
+def t_staleness(history: History) -> Ints:
+    """For how long, when each read began, the oldest change that it misses had been committed.
+
+    t-staleness of PBS (see `k_staleness`). O(n log n).
+
+    Returns
+    -------
+    numpy.ndarray
+        int64 nanoseconds, shape (n,); 0 for a fresh read, -1 in rows that are no read or a torn
+        one.
+    """
+    reads = placeable(history)
+    age = np.full(len(history), -1, np.int64)
+    age[reads] = 0
+    late = np.flatnonzero(stale(history))
+    if late.size == 0:
+        return age
+    changes = np.flatnonzero(committed(history))
+    order = changes[np.lexsort((history["version"][changes], history["key"][changes]))]
+    key, end = history["key"][order], history["end_ns"][order]
+    earliest = _earliest_from(key, end)
+    first_missed = _search(
+        key, history["version"][order], history["key"][late], _positions(history)[late]
+    )
+    age[late] = (history["start_ns"][late] - earliest[first_missed]).astype(np.int64)
+    return age
+
+
+def t_visibility(history: History, edges_ns: ArrayLike) -> pd.DataFrame:
+    """Probability that a read sees the newest committed change, by the time since that commit.
+
+    t-visibility of PBS (see `k_staleness`). Reads before the first commit of their key have
+    nothing to miss and do not count. O(n log n).
+
+    Parameters
+    ----------
+    history
+        Rows of one or more writers and readers.
+    edges_ns
+        Increasing bounds of the bins of time since the commit, nanoseconds, shape (m + 1,).
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per bin: from_ns, to_ns (int64; to_ns excluded), reads, fresh (int64), probability
+        (float64, NaN without reads).
+    """
+    edges = np.asarray(edges_ns, dtype=np.int64)
+    if edges.ndim != 1 or edges.size < 2 or (np.diff(edges) <= 0).any():
+        raise BadInput("The bins of t-visibility need at least two increasing edges.")
+    newest = _newest_before(history)
+    reads = np.flatnonzero(placeable(history) & (newest > 0))
+    changes = np.flatnonzero(committed(history))
+    order = changes[np.lexsort((history["version"][changes], history["key"][changes]))]
+    index = _search(
+        history["key"][order], history["version"][order], history["key"][reads], newest[reads]
+    )
+    end = history["end_ns"][order][index - 1]
+    since = (history["start_ns"][reads] - end).astype(np.int64)
+    fresh = ~stale(history)[reads]
+    total, _ = np.histogram(since[since < edges[-1]], edges)
+    seen, _ = np.histogram(since[fresh & (since < edges[-1])], edges)
+    return pd.DataFrame(
+        {
+            "from_ns": edges[:-1],
+            "to_ns": edges[1:],
+            "reads": total.astype(np.int64),
+            "fresh": seen.astype(np.int64),
+            "probability": np.divide(
+                seen, total, out=np.full(total.size, np.nan), where=total > 0
+            ),
+        }
+    )  # fmt: skip
+
+
+def first_seen(history: History, follower: int) -> Unsigned:
+    """When a follower first had returned each change or a newer one of the same key.
+
+    ``first_seen - intended_ns`` is the latency of a change in an open loop. O(n log n).
+
+    Parameters
+    ----------
+    history
+        Rows of the writers and of the follower.
+    follower
+        Actor whose reads count.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint64 nanoseconds, shape (n,): the end of that read; 0 in rows that are no applied change
+        and for changes never seen.
+    """
+    seen = np.zeros(len(history), np.uint64)
+    reads = np.flatnonzero(placeable(history) & (history["actor"] == follower))
+    changes = np.flatnonzero(applied(history))
+    if reads.size == 0 or changes.size == 0:
+        return seen
+    at = _positions(history)[reads]
+    order = np.lexsort((at, history["key"][reads]))
+    key, at, end = history["key"][reads][order], at[order], history["end_ns"][reads][order]
+    earliest = _earliest_from(key, end)
+    wanted = history["key"][changes]
+    index = _search(key, at, wanted, history["version"][changes] - np.uint64(1))
+    found = index < key.size
+    found[found] = key[index[found]] == wanted[found]
+    seen[changes[found]] = earliest[index[found]]
+    return seen
+
+
+def torn(history: History) -> Mask:
+    """Mark reads whose value mixes two versions, by its own check (``intact`` is false). O(n)."""
+    mask: Mask = (history["op"] == Op.READ) & (history["outcome"] == 0) & ~history["intact"]
+    return mask
+
+
+def torn_values(words: NDArray[np.unsignedinteger]) -> Mask:
+    """Mark values that are not of one version throughout.
+
+    For values that the writer filled with its version, over and over. O(words).
+
+    Parameters
+    ----------
+    words
+        Values as they were read, shape (n, words per value).
+
+    Returns
+    -------
+    numpy.ndarray
+        bool, shape (n,).
+    """
+    if words.ndim != 2 or words.shape[1] == 0:
+        raise BadInput(f"Values are a table of words, (values, words), not {words.shape}.")
+    mask: Mask = (words != words[:, :1]).any(axis=1)
+    return mask
+
+
+def truncated(history: History, value_size: ArrayLike) -> Mask:
+    """Mark reads of a value of which fewer bytes were valid than were written. O(n).
+
+    Parameters
+    ----------
+    history
+        ``length`` of its reads is the number of leading bytes that were as written.
+    value_size
+        Bytes written, one number or one per row.
+    """
+    mask: Mask = (
+        (history["op"] == Op.READ)
+        & (history["outcome"] == 0)
+        & (history["version"] > 0)
+        & (history["length"] < np.asarray(value_size))
+    )
+    return mask
+
+
+def unwritten(history: History) -> Mask:
+    """Mark reads of a version that no write to their key had begun to write by the read's end.
+
+    A value from nowhere: foreign bytes, another key's value, or a clock that is wrong. Safety of a
+    register (Lamport 1986) in the form of Jepsen's "phantom". O(n log n).
+    """
+    mask = np.zeros(len(history), np.bool_)
+    reads = np.flatnonzero(placeable(history) & (history["version"] > 0))
+    writes = np.flatnonzero((history["op"] == Op.WRITE) & applied(history))
+    order = writes[np.lexsort((history["version"][writes], history["key"][writes]))]
+    key, version = history["key"][reads], history["version"][reads]
+    index = _search(history["key"][order], history["version"][order], key, version) - 1
+    found = index >= 0
+    match = order[index[found]]
+    found[found] = (
+        (history["key"][match] == key[found])
+        & (history["version"][match] == version[found])
+        & (history["start_ns"][match] <= history["end_ns"][reads][found])
+    )
+    mask[reads] = ~found
+    return mask
+
+
+def non_monotonic(history: History) -> Mask:
+    """Mark reads by which a reader goes back: at an older version than it was at before.
+
+    Per actor and key, in the order of start; an actor does one thing at a time. "Monotonic reads"
+    of Terry et al. ("Session Guarantees for Weakly Consistent Replicated Data", 1994).
+    O(n log n).
+    """
+    mask = np.zeros(len(history), np.bool_)
+    reads = np.flatnonzero(placeable(history))
+    columns = (history["start_ns"][reads], history["key"][reads], history["actor"][reads])
+    order = reads[np.lexsort(columns)]
+    if order.size == 0:
+        return mask
+    key, actor = history["key"][order], history["actor"][order]
+    changed = (key[1:] != key[:-1]) | (actor[1:] != actor[:-1])
+    group = np.concatenate([[0], np.cumsum(changed)])
+    _, at = np.unique(_positions(history)[order], return_inverse=True)
+    best = _running_max(group, at)
+    mask[order[1:]] = ~changed & (at[1:] < best[:-1])
+    return mask
+
+
+def lost(history: History, keys: ArrayLike, versions: ArrayLike) -> Mask:
+    """Mark acknowledged changes whose effect is gone from the map's final state.
+
+    A change is lost when the key ends at an older version. A key that ends absent is at its newest
+    delete, or at 0. The state must have been read after all writers stopped. O(n log n).
+
+    Parameters
+    ----------
+    history
+        Rows of all writers.
+    keys, versions
+        The final state, shapes (m,); a key that is not there is absent.
+    """
+    keys, versions = np.asarray(keys, np.uint64), np.asarray(versions, np.uint64)
+    if keys.shape != versions.shape or keys.ndim != 1 or np.unique(keys).size != keys.size:
+        raise BadInput("The final state needs one version per key, and no key twice.")
+    order = np.argsort(keys)
+    acknowledged = np.flatnonzero(committed(history))
+    wanted = history["key"][acknowledged]
+    index = np.searchsorted(keys, wanted, sorter=order)
+    present = index < keys.size
+    present[present] = keys[order[index[present]]] == wanted[present]
+    final = np.zeros(acknowledged.size, np.uint64)
+    final[present] = versions[order[index[present]]]
+    gone = final == 0
+    final[gone] = _newest(
+        history,
+        (history["op"] == Op.DELETE) & applied(history),
+        "start_ns",
+        wanted[gone],
+        np.full(int(gone.sum()), np.iinfo(np.uint64).max, np.uint64),
+    )
+    mask = np.zeros(len(history), np.bool_)
+    mask[acknowledged] = history["version"][acknowledged] > final
+    return mask
+
+
+def lost_increments(acknowledged: ArrayLike, initial: ArrayLike, final: ArrayLike) -> Ints:
+    """How many acknowledged increments of each counter have no effect in its final value. O(n).
+
+    Parameters
+    ----------
+    acknowledged
+        Increments by 1 that returned success, per counter.
+    initial, final
+        Values of the counters before and after all of them.
+
+    Returns
+    -------
+    numpy.ndarray
+        int64, in the shape of ``acknowledged``.
+
+    Raises
+    ------
+    BadInput
+        When a counter rose by more than was acknowledged: the bookkeeping is wrong then.
+    """
+    done = np.asarray(acknowledged, np.int64)
+    missing: Ints = done - (np.asarray(final, np.int64) - np.asarray(initial, np.int64))
+    if (missing < 0).any():
+        raise BadInput(
+            f"A counter rose by {-int(missing.min())} more than was acknowledged; "
+            f"count every increment that returned success."
+        )
+    return missing
+
+
+def missed(history: History, follower: int) -> Mask:
+    """Mark writes that a follower never saw although it looked before and after.
+
+    Counted are the writes that started and were committed between the start of the follower's
+    first read and the start of its last one; of these, a write is missed when no intact read of
+    the follower has its key and version. Deletes do not count: absence names no version.
+    O(n log n).
+
+    Parameters
+    ----------
+    history
+        Rows of the writers and of the follower.
+    follower
+        Actor whose reads count.
+    """
+    mask = np.zeros(len(history), np.bool_)
+    reads = np.flatnonzero(placeable(history) & (history["actor"] == follower))
+    if reads.size == 0:
+        return mask
+    begun = history["start_ns"][reads]
+    writes = np.flatnonzero(
+        (history["op"] == Op.WRITE)
+        & committed(history)
+        & (history["start_ns"] >= begun.min())
+        & (history["end_ns"] <= begun.max())
+    )
+    order = reads[np.lexsort((history["version"][reads], history["key"][reads]))]
+    key, version = history["key"][writes], history["version"][writes]
+    index = _search(history["key"][order], history["version"][order], key, version) - 1
+    seen = index >= 0
+    match = order[index[seen]]
+    seen[seen] = (history["key"][match] == key[seen]) & (history["version"][match] == version[seen])
+    mask[writes] = ~seen
+    return mask
+
+
+def mixed_generations(history: History) -> pd.DataFrame:
+    """Tell for each read of several keys whether it saw one generation or several.
+
+    The rows of one such read share actor, start and end; their version is the generation that all
+    keys get by one change. "Fractured reads" of Bailis et al. ("Scalable Atomic Visibility with
+    RAMP Transactions", SIGMOD 2014). O(n log n).
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per read, ordered by start: actor, start_ns, end_ns, keys (int64), oldest, newest
+        (uint64, 0 where a key was absent), mixed (bool).
+    """
+    rows = history[placeable(history)]
+    rows = rows[np.lexsort((rows["actor"], rows["end_ns"], rows["start_ns"]))]
+    same = np.ones(max(len(rows) - 1, 0), np.bool_)
+    for name in ("actor", "start_ns", "end_ns"):
+        same &= rows[name][1:] == rows[name][:-1]
+    first = np.flatnonzero(np.concatenate([np.ones(min(len(rows), 1), np.bool_), ~same]))
+    if first.size:
+        oldest = np.minimum.reduceat(rows["version"], first)
+        newest = np.maximum.reduceat(rows["version"], first)
+    else:
+        oldest = newest = np.empty(0, np.uint64)
+    return pd.DataFrame(
+        {
+            "actor": rows["actor"][first],
+            "start_ns": rows["start_ns"][first],
+            "end_ns": rows["end_ns"][first],
+            "keys": np.diff(np.append(first, len(rows))).astype(np.int64),
+            "oldest": oldest,
+            "newest": newest,
+            "mixed": oldest != newest,
+        }
+    )
+
+
+def alive_throughout(history: History, start_ns: int, end_ns: int) -> Unsigned:
+    """Return the keys that were in the map during the whole of a window, in order.
+
+    A key lived through it when its newest change committed before the window is a write, and no
+    delete of it may have taken effect between that and the end of the window. O(n log n).
+
+    Parameters
+    ----------
+    history
+        Rows of all writers.
+    start_ns, end_ns
+        The window, CLOCK_MONOTONIC nanoseconds.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint64.
+    """
+    if end_ns < start_ns:
+        raise BadInput(f"The window ends ({end_ns} ns) before it starts ({start_ns} ns).")
+    before = np.flatnonzero(committed(history) & (history["end_ns"] <= start_ns))
+    newest = before[np.lexsort((history["version"][before], history["key"][before]))]
+    key = history["key"][newest]
+    newest = newest[np.append(key[1:] != key[:-1], np.ones(min(key.size, 1), np.bool_))]
+    written = newest[history["op"][newest] == Op.WRITE]
+    keys: Unsigned = history["key"][written]
+    deletes = (
+        (history["op"] == Op.DELETE) & applied(history) & (history["start_ns"] <= end_ns)
+    )  # fmt: skip
+    latest = np.full(keys.size, np.iinfo(np.uint64).max, np.uint64)
+    deleted = _newest(history, deletes, "start_ns", keys, latest)
+    alive: Unsigned = keys[deleted < history["version"][written]]
+    return alive
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What a walk over a map's keys got wrong: keys skipped and keys repeated (uint64, sorted)."""
+
+    skipped: Unsigned
+    repeated: Unsigned
+
+
+def walk(returned: ArrayLike, alive: ArrayLike) -> Walk:
+    """Compare the keys that a walk returned with those that were there all the while. O(n log n).
+
+    Parameters
+    ----------
+    returned
+        Keys in the order in which the walk (get_next_key, batch) gave them.
+    alive
+        Keys that were in the map throughout, as of `alive_throughout`.
+    """
+    given, times = np.unique(np.asarray(returned, np.uint64), return_counts=True)
+    return Walk(
+        skipped=np.setdiff1d(np.asarray(alive, np.uint64), given), repeated=given[times > 1]
+    )
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """What happened to numbered events on their way.
+
+    Attributes
+    ----------
+    missing
+        Numbers between the smallest and the largest that never came.
+    repeated
+        Events whose number had come before.
+    reordered
+        Events that came after one with a larger number, repeated ones not counted.
+    """
+
+    missing: int
+    repeated: int
+    reordered: int
+
+
+def gaps(numbers: ArrayLike) -> Gaps:
+    """Check the sequence numbers of one producer's events as a consumer received them.
+
+    O(n log n).
+
+    Parameters
+    ----------
+    numbers
+        Integers, in the order of delivery, shape (n,).
+    """
+    received = np.asarray(numbers, np.uint64)
+    if received.size == 0:
+        return Gaps(0, 0, 0)
+    distinct, first = np.unique(received, return_index=True)
+    firsts = received[np.sort(first)]
+    return Gaps(
+        missing=int(distinct[-1]) - int(distinct[0]) + 1 - distinct.size,
+        repeated=received.size - distinct.size,
+        reordered=int((firsts < np.maximum.accumulate(firsts)).sum()),
+    )
+
+
+def accounting(*, produced: int, delivered: int, dropped: int, coalesced: int = 0) -> int:
+    """Return how many events an event path cannot account for; 0 is the invariant. O(1).
+
+    Parameters
+    ----------
+    produced, delivered, dropped
+        Counters of the program and of the follower, read after the producer stopped and the path
+        was drained.
+    coalesced
+        Events that the follower merged into a newer one of the same key.
+
+    Returns
+    -------
+    int
+        ``produced - delivered - dropped - coalesced``: positive where events vanished unnoticed,
+        negative where some were counted twice.
+    """
+    parts = {
+        "produced": produced,
+        "delivered": delivered,
+        "dropped": dropped,
+        "coalesced": coalesced,
+    }
+    for name, count in parts.items():
+        if count < 0:
+            raise BadInput(f"The count of {name} events cannot be {count}; read the counter again.")
+    return produced - delivered - dropped - coalesced
+
+
+def diverged(
+    map_keys: ArrayLike, map_versions: ArrayLike, keys: ArrayLike, versions: ArrayLike
+) -> Unsigned:
+    """Return the keys in which a replica differs from its map, in order. O(n log n).
+
+    Parameters
+    ----------
+    map_keys, map_versions
+        The map, read once writes had stopped, shapes (m,).
+    keys, versions
+        The replica, shapes (n,); it has converged when nothing is returned.
+    """
+    sides = []
+    for key, version, what in ((map_keys, map_versions, "map"), (keys, versions, "replica")):
+        side = np.asarray(key, np.uint64), np.asarray(version, np.uint64)
+        if side[0].ndim != 1 or side[0].shape != side[1].shape:
+            raise BadInput(f"The {what} needs one version per key.")
+        if np.unique(side[0]).size != side[0].size:
+            raise BadInput(f"The {what} has a key twice; read it again.")
+        sides.append(side)
+    every, versions = (np.concatenate(columns) for columns in zip(*sides, strict=True))
+    order = np.lexsort((versions, every))
+    every, versions = every[order], versions[order]
+    same = (every[1:] == every[:-1]) & (versions[1:] == versions[:-1])
+    agreed = np.zeros(every.size, np.bool_)
+    agreed[1:] |= same
+    agreed[:-1] |= same
+    return np.unique(every[~agreed])
+
+
+def _positions(history: History) -> Unsigned:
+    """Version that each read is at; meaningless in rows that are no placeable read."""
+    at: Unsigned = history["version"].copy()
+    absent = np.flatnonzero(placeable(history) & (at == 0))
+    deletes = (history["op"] == Op.DELETE) & applied(history)
+    at[absent] = _newest(
+        history, deletes, "start_ns", history["key"][absent], history["end_ns"][absent]
+    )
+    return at
+
+
+def _newest_before(history: History) -> Unsigned:
+    """Newest version of its key that was committed when each read began; 0 where there is none."""
+    newest = np.zeros(len(history), np.uint64)
+    reads = np.flatnonzero(placeable(history))
+    newest[reads] = _newest(
+        history, committed(history), "end_ns", history["key"][reads], history["start_ns"][reads]
+    )
+    return newest
+
+
+def _newest(
+    history: History, chosen: Mask, clock: str, keys: Unsigned, until_ns: Unsigned
+) -> Unsigned:
+    """Largest version, among the chosen rows of a key, whose clock is at most the given time."""
+    rows = np.flatnonzero(chosen)
+    if rows.size == 0 or keys.size == 0:
+        return np.zeros(keys.size, np.uint64)
+    order = rows[np.lexsort((history[clock][rows], history["key"][rows]))]
+    key = history["key"][order]
+    _, group = np.unique(key, return_inverse=True)
+    values, rank = np.unique(history["version"][order], return_inverse=True)
+    newest = values[_running_max(group, rank)]
+    index = _search(key, history[clock][order], keys, until_ns) - 1
+    found = index >= 0
+    found[found] = key[index[found]] == keys[found]
+    answer = np.zeros(keys.size, np.uint64)
+    answer[found] = newest[index[found]]
+    return answer
+
+
+def _rank(history: History, chosen: Mask, keys: Unsigned, versions: Unsigned) -> Ints:
+    """How many of the chosen rows come before or at a key's version, earlier keys included."""
+    rows = np.flatnonzero(chosen)
+    order = rows[np.lexsort((history["version"][rows], history["key"][rows]))]
+    return _search(history["key"][order], history["version"][order], keys, versions)
+
+
+def _search(
+    major: Unsigned, minor: Unsigned, wanted_major: Unsigned, wanted_minor: Unsigned
+) -> Ints:
+    """Position after the last pair that is not larger than the wanted one; pairs are sorted."""
+    n = major.size
+    order = np.lexsort(
+        (np.concatenate([minor, wanted_minor]), np.concatenate([major, wanted_major]))
+    )
+    passed = np.cumsum(order < n)  # equal pairs keep their order: the given before the wanted
+    answer = np.empty(wanted_major.size, np.int64)
+    asked = order >= n
+    answer[order[asked] - n] = passed[asked]
+    return answer
+
+
+def _earliest_from(key: Unsigned, time: Unsigned) -> Unsigned:
+    """Smallest time from each row to the last row of its key; keys are sorted."""
+    times, rank = np.unique(time, return_inverse=True)
+    _, group = np.unique(key, return_inverse=True)
+    # A running minimum from the end is a running maximum of everything counted backwards.
+    backwards = _running_max(group.max(initial=0) - group[::-1], times.size - 1 - rank[::-1])
+    earliest: Unsigned = times[times.size - 1 - backwards][::-1]
+    return earliest
+
+
+def _running_max(group: Ints, rank: Ints) -> Ints:
+    """Running maximum of small ranks within groups that are numbered in increasing order."""
+    span = int(rank.max(initial=0)) + 1
+    return np.maximum.accumulate(group.astype(np.int64) * span + rank) % span
