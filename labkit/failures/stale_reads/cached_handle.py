@@ -68,7 +68,7 @@ _SETTINGS: tuple[tuple[str, str, bool, Callable[[_Agent], None]], ...] = (
     family="stale-reads",
     question="Does a write through a kept handle reach the map that now stands behind the pin?",
     claims=("1.2d", "1.4a"),
-    needs=("bpf", "compile"),
+    needs=("bpf", "compile", "bpffs_detached"),
     quick={"recreations": 3, "writes": 100, "packets": 5},
     full={"recreations": 20, "writes": 500, "packets": 10},
 )

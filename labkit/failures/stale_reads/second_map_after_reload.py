@@ -30,7 +30,7 @@ _SETTINGS = (
     family="stale-reads",
     question="After a reload, does the program that stayed attached read the map that is written?",
     claims=("1.4a", "1.2d"),
-    needs=("bpf", "compile"),
+    needs=("bpf", "compile", "bpffs_detached"),
     quick={"changes": 200, "packets": 5, "rounds": 2},
     full={"changes": 1_000, "packets": 10, "rounds": 10},
 )
