@@ -132,7 +132,7 @@ def anomaly_rates(run: Run, *, ax: Axes | None = None) -> Axes:
     ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.grid(False, axis="y")
     words = " or ".join(dict.fromkeys(map(str, rows["anomaly"])))
-    ax.set_xlabel(f"{words} per operation\n(hollow: none seen, bound at 95 %)")
+    ax.set_xlabel(f"{words} per operation\n(hollow: none seen, bound at 95 %)", loc="right")
     ax.legend(
         loc="lower right", bbox_to_anchor=(1, 1), ncols=len(VARIANTS), columnspacing=1.2,
         handletextpad=0.2,
