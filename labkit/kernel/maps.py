@@ -378,12 +378,13 @@ class Map:
         """One value from a buffer; shape ``(possible_cpus,)`` for a per-CPU map."""
         if self.kind in PER_CPU:
             return self._decode_slots(raw, 1)[0]
-        return raw.view(self.value_dtype)[0]
+        return _viewed(raw, self.value_dtype)[0]
 
     def _decode_slots(self, raw: npt.NDArray[np.uint8], count: int) -> npt.NDArray[Any]:
         slots = raw[: count * self._cpus * self._stride].reshape(count, self._cpus, self._stride)
         values = np.ascontiguousarray(slots[:, :, : self.value_size])
-        return values.view(self.value_dtype).reshape(count, self._cpus)
+        shape = (count, self._cpus, *self.value_dtype.shape)
+        return values.view(self.value_dtype.base).reshape(shape)
 
     def _check(self, result: int, doing: str) -> int:
         if result < 0:
@@ -605,7 +606,7 @@ class Map:
         if self.kind in PER_CPU:
             values = self._decode_slots(raw, read)
         else:
-            values = raw[: read * stride].view(self.value_dtype)
+            values = _viewed(raw[: read * stride], self.value_dtype)
         by_bucket = self.kind not in (MapKind.LPM_TRIE, *OF_MAPS)
         return Snapshot(keys[:read], values, complete=by_bucket, restarts=0)
 
@@ -636,7 +637,7 @@ class Map:
         if self.kind in PER_CPU:
             values = self._decode_slots(joined, len(found))
         else:
-            values = joined.view(self.value_dtype)
+            values = _viewed(joined, self.value_dtype)
         ended = steps < 4 * self.max_entries + 16
         return Snapshot(keys, values, complete=ended and restarts == 0, restarts=restarts)
 
@@ -740,6 +741,11 @@ class Map:
         flat = encode(many.reshape(-1), self.value_dtype, "value").view(np.uint8)
         slots[:, :, : self.value_size] = flat.reshape(count, self._cpus, self.value_size)
         return slots.reshape(-1)
+
+
+def _viewed(raw: npt.NDArray[np.uint8], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Bytes as values; NumPy itself views none as an array type such as ``("u4", (3,))``."""
+    return raw.view(dtype.base).reshape(-1, *dtype.shape)
 
 
 def encode(items: Any, dtype: np.dtype[Any], what: str) -> npt.NDArray[Any]:

@@ -153,7 +153,13 @@ class Unit:
         key, value : dtype-like, optional
             Layouts; by default the map's BTF.
         """
-        opened = Map.from_fd(self.table(name).map_fd, key=key, value=value)
+        from bcc.libbcc import lib as libbcc
+
+        # Not by bcc's table object, which refuses per-CPU values of odd sizes.
+        fd = int(libbcc.bpf_table_fd(self._compiled.module, name.encode()))
+        if fd < 0:
+            raise BadInput(f"bpf/{self.name}.bpf.c declares no map {name!r}.")
+        opened = Map.from_fd(fd, key=key, value=value)
         self._maps.append(opened)
         return opened
 

@@ -213,3 +213,14 @@ def test_prepared_calls_work_on_the_callers_buffer(table: Map) -> None:
         assert back[0] == version
     table.delete(7)
     assert read() == -2
+
+
+@pytest.mark.parametrize("kind", [MapKind.HASH, MapKind.PERCPU_HASH])
+def test_values_that_are_arrays_come_back_as_arrays(kind: MapKind) -> None:
+    layout = np.dtype(("u4", (3,)))  # 12 bytes: a per-CPU slot has 16
+    with Map.create(kind, key="u4", value=layout, max_entries=4) as table:
+        table.update(1, np.array([7, 8, 9], np.uint32))
+        cpus = (libbpf.possible_cpus(),) if kind is MapKind.PERCPU_HASH else ()
+        assert table.lookup(1).shape == (*cpus, 3)
+        assert (table.lookup(1) == [7, 8, 9]).all()
+        assert (table.snapshot().values == [7, 8, 9]).all()
