@@ -49,9 +49,10 @@ if ((${#missing[@]} == 0)) && [[ $need_headers == no ]]; then
     exit 0
 fi
 
+wanted="${missing[*]}$([[ $need_headers == yes ]] && echo ' kernel-headers' || true)"
 if ! can_be_root; then
-    say "Missing Debian packages (${missing[*]} kernel headers), and neither root nor sudo to install" \
-        "them: recorded runs only."
+    say "Debian packages are missing ($wanted), with neither root nor sudo to install them: what needs" \
+        "them falls back on recorded runs."
     exit "$RECORDED_ONLY"
 fi
 
@@ -70,11 +71,11 @@ install_packages() {
     apt-get -o DPkg::Lock::Timeout=300 install -q -y --no-install-recommends "${missing[@]}"
 }
 
-say "Debian packages to install: ${missing[*]}$([[ $need_headers == yes ]] && echo ' kernel headers')"
 if ((EUID != 0)); then
     # Root runs this same script, so that there is one way to install.
     exec sudo "${BASH_SOURCE[0]}"
 fi
+say "Debian packages to install: $wanted"
 # apt's list lock does not wait by itself: a lock on apt's own folder serialises our runs, and
 # leaves no file.
 exec 9</var/lib/apt
