@@ -274,17 +274,9 @@ class Investigation:
         """Show what this kernel can do, found out by trying."""
         from labkit.kernel import probe
 
-        table = pd.DataFrame(
-            [
-                {
-                    "feature": feature.name,
-                    "works": "yes" if feature.works else "no",
-                    "the kernel's answer": feature.answer,
-                    "what to do": "" if feature.works else feature.advice,
-                }
-                for feature in probe.probe_all()
-            ]
-        )
+        table = probe.table()
+        table["works"] = table["works"].map({True: "yes", False: "no"})
+        table = table.drop(columns="essential")
         _show(table.to_html(index=False, border=0), table.to_string(index=False))
 
     def assert_findings(self) -> None:
@@ -407,18 +399,12 @@ def _show(html: str, text: str) -> None:
 
 
 def _picture(run: Run) -> bytes:
-    """PNG of the run's figure; the figure is closed."""
-    from matplotlib import pyplot
-
+    """PNG of the run's figure."""
     from labkit.analysis import figures
 
-    figure = figures.draw(run)
-    try:
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=144, bbox_inches="tight")
-        return file.getvalue()
-    finally:
-        pyplot.close(figure)
+    file = io.BytesIO()
+    figures.draw(run).savefig(file, format="png", dpi=200)
+    return file.getvalue()
 
 
 def _counts_html(run: Run) -> str:

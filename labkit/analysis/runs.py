@@ -40,7 +40,9 @@ PARTIAL: Final = ".partial-"
 RECORDED: Final = Path(__file__).resolve().parents[2] / "data" / "runs"
 """The recorded runs of the checkout, one folder per kernel."""
 
-_REPLACED: Final = ".replaced-"
+REPLACED: Final = ".replaced-"
+"""Prefix of a directory that is being replaced at this moment."""
+
 _COUNTS: Final = {
     "variant": "text",
     "case": "text",
@@ -507,7 +509,7 @@ def _replace(partial: Path, target: Path) -> None:
     if not target.exists():
         partial.rename(target)
         return
-    old = target.with_name(f"{_REPLACED}{target.name}-{os.getpid()}")
+    old = target.with_name(f"{REPLACED}{target.name}-{os.getpid()}")
     target.rename(old)
     try:
         partial.rename(target)

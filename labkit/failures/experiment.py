@@ -217,4 +217,4 @@ def _checked(id: str, name: str, usual: Value, value: Any) -> Value:
         )
     if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
         raise BadInput(f"{name} of {id} must be greater than 0, not {value!r}.")
-    return value  # type: ignore[no-any-return]
+    return value

@@ -1,0 +1,266 @@
+"""The lab's commands: ``python -m labkit``. Each is a thin shell over a function.
+
+Exit status: 0 all is well; 1 a finding fails or a command could not do its work; 2 the
+command was misused, or this machine lacks what it needs; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from labkit.errors import BadInput, LabError, Unavailable
+
+# What takes long to import is imported by the command that needs it.
+
+REPORTS = Path(__file__).resolve().parents[1] / "reports"
+"""Where the report goes unless the caller says otherwise."""
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        By default those of the process.
+
+    Returns
+    -------
+    int
+        Exit status; see the module.
+    """
+    chosen = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        status: int = chosen.command(chosen)
+        sys.stdout.flush()
+        return status
+    except LabError as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        tell = "Interrupted; what was running has been stopped and removed."
+        print(f"\n{tell}", file=sys.stderr, flush=True)
+        return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _doctor(chosen: argparse.Namespace) -> int:
+    from labkit.kernel import probe
+
+    text, status = probe.doctor(chosen.json)
+    print(text)
+    return status
+
+
+def _list(chosen: argparse.Namespace) -> int:
+    from labkit.failures.experiment import FAMILIES, catalogue
+
+    entries = [_entry(experiment) for experiment in catalogue().values()]
+    if chosen.json:
+        print(json.dumps(entries, indent=1))
+        return 0
+    width = max((len(entry["id"]) for entry in entries), default=0)
+    for family, title in FAMILIES.items():
+        of_family = [entry for entry in entries if entry["family"] == family]
+        if of_family:
+            print(f"{title} ({family})")
+        for entry in of_family:
+            print(f"  {entry['number']:>3}  {entry['id']:{width}}  {entry['question']}")
+            known = ", ".join(f"{one['kernel']} {one['profile']}" for one in entry["recorded"])
+            state = [entry["state"]] + ([f"recorded: {known}"] if known else [])
+            claims = f"claims {', '.join(entry['claims'])}; " if entry["claims"] else ""
+            print(f"       {'':{width}}  {claims}{'; '.join(state)}")
+    return 0
+
+
+def _entry(experiment: Any) -> dict[str, Any]:
+    """What `list` tells of one experiment."""
+    from labkit.analysis.runs import RECORDED
+
+    missing = experiment.missing()
+    return {
+        "id": experiment.id,
+        "number": experiment.number,
+        "family": experiment.family,
+        "question": experiment.question,
+        "claims": list(experiment.claims),
+        "features": list(experiment.needs),
+        "state": "lacks: " + ", ".join(feature.name for feature in missing) if missing else "runs",
+        "lacks": [feature.name for feature in missing],
+        "recorded": [
+            {"kernel": path.parts[-4], "profile": path.parts[-3]}
+            for path in sorted(RECORDED.glob(f"*/*/{experiment.id}/run.json"))
+        ],
+        "profiles": {name: dict(values) for name, values in experiment.profiles.items()},
+    }
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    from labkit.failures.experiment import catalogue, find
+    from labkit.measure import RUNS
+
+    changed = dict(map(_setting, chosen.set))
+    wanted = list(catalogue()) if "all" in chosen.experiment else chosen.experiment
+    for id in wanted:  # all input is looked at before anything runs
+        find(id).parameters(chosen.profile, changed)
+    folder = Path(chosen.folder) if chosen.folder else RUNS
+    return max(_run_one(id, chosen, changed, folder) for id in dict.fromkeys(wanted))
+
+
+def _run_one(id: str, chosen: argparse.Namespace, changed: dict[str, Any], folder: Path) -> int:
+    """Measure, judge and show one experiment; its exit status."""
+    from labkit.analysis import runs
+    from labkit.analysis.findings import judge
+    from labkit.measure import measure
+
+    line = _Line()
+    try:
+        run = measure(
+            id,
+            chosen.profile,
+            changed,
+            folder=folder,
+            time_limit_s=chosen.time_limit,
+            say=lambda words: line.show(f"{id}: {words}"),
+        )
+        line.clear()
+        finding = judge(run)
+        print(run.counts.to_string(index=False, na_rep=""))
+        print(finding)
+        print(f"saved as {run.path}", flush=True)
+        if chosen.record and finding.holds:
+            print(f"recorded as {runs.record(run)}", flush=True)
+        elif chosen.record:
+            print("not recorded: the finding fails", file=sys.stderr)
+        return 0 if finding.holds else 1
+    except LabError as error:
+        line.clear()
+        return _complain(error, id)
+
+
+def _report(chosen: argparse.Namespace) -> int:
+    from labkit.report import make_report
+
+    line = _Line()
+    return make_report(chosen.profile, Path(chosen.folder), say=line.show, done=line.keep)
+
+
+def _clean(chosen: argparse.Namespace) -> int:
+    from labkit.analysis.runs import RECORDED
+    from labkit.kernel import leftovers
+    from labkit.measure import RUNS
+    from labkit.report import sweep
+
+    removed = leftovers.clean(print, [RUNS, RECORDED])
+    if unfinished := sweep(REPORTS):
+        print(f"Removed {unfinished} half-written reports.")
+    if not removed and not unfinished:
+        print("Nothing was left behind.")
+    return 0
+
+
+class _Line:
+    """Progress on a terminal: one line that is written over; elsewhere line by line."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+
+    def show(self, words: str) -> None:
+        """Show what goes on now."""
+        if self._terminal:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
+            print(f"\r\033[K{words[: width - 1]}", end="", file=sys.stderr, flush=True)
+        else:
+            print(words, file=sys.stderr, flush=True)
+
+    def keep(self, words: str) -> None:
+        """Write a line that stays."""
+        self.clear()
+        print(words, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Split ``name=value``; the value is JSON, or else a word."""
+    name, equals, value = text.partition("=")
+    if not (equals and name):
+        raise BadInput(f"--set takes name=value, such as rounds=5, not {text!r}.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _complain(error: LabError, about: str = "") -> int:
+    print(f"{about}: {error}" if about else str(error), file=sys.stderr, flush=True)
+    return 2 if isinstance(error, BadInput | Unavailable) else 1
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    """End by way of every clean-up."""
+    sys.exit(128 + number)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m labkit",
+        description="A laboratory for stale, lost and torn eBPF map data on the running kernel.",
+        epilog="Exit status: 0 all is well; 1 a finding fails or a command could not do its work; "
+        "2 misused, or this machine lacks what is needed; 130 after Ctrl-C.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Command, help: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=help, description=help)
+        one.set_defaults(command=command)
+        return one
+
+    doctor = add("doctor", _doctor, "what this kernel can do, found out by trying")
+    doctor.add_argument("--json", action="store_true", help="for scripts")
+
+    listing = add("list", _list, "every experiment, and whether this kernel can run it")
+    listing.add_argument("--json", action="store_true", help="for scripts")
+
+    run = add("run", _run, "measure experiments, save the runs, and say what they show")
+    run.add_argument("experiment", nargs="+", metavar="EXPERIMENT", help="id, or all")
+    run.add_argument("--profile", default="quick", choices=("quick", "full"))
+    run.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="a parameter that differs from the profile's; the value is JSON",
+    )  # fmt: skip
+    run.add_argument(
+        "--time-limit", type=float, metavar="S", help="seconds until an experiment is stopped"
+    )
+    run.add_argument("--folder", help="folder of runs (default: runs of the checkout)")
+    run.add_argument(
+        "--record", action="store_true", help="keep the run in data/runs as this kernel's"
+    )
+
+    report = add("report", _report, "run every notebook, and write reports/index.html")
+    report.add_argument("--profile", default="quick", choices=("quick", "full"))
+    report.add_argument(
+        "--folder", default=REPORTS, help="folder of the report, replaced as a whole"
+    )
+
+    add("clean", _clean, "remove what a killed run left in the kernel")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,545 @@
+"""The report: every notebook run on this kernel, as pages that need nothing else.
+
+Notebooks run one after the other, so that they do not disturb each other's measurements; pages
+are made afterwards. One that fails does not stop the rest. The folder of the report appears
+complete or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from labkit.analysis.runs import PARTIAL, PROFILES, REPLACED
+from labkit.errors import BadInput, LabError
+from labkit.failures.experiment import catalogue
+from labkit.notebook import FINDING_MIME, KEY_FIGURE, Outcome
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+"""The notebooks of the checkout, with their parameters in ``params/<profile>.yaml``."""
+
+TIME_LIMIT_S = {"quick": 900.0, "full": 7200.0}
+"""Bound for one notebook, seconds."""
+
+Say = Callable[[str], None]
+
+_SPACE_BYTES = 32 << 20  # a report is smaller by far; below this a disk is as good as full
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+_GENERATOR = '<meta name="generator" content="map freshness lab">'
+_MEASURES = re.compile(r"""\.measure\(\s*["']([a-z0-9-]+)["']""")
+_NO_ALT = 'alt="No description has been provided for this image"'
+
+
+class ReportFailed(LabError):
+    """The report could not be written; nothing of it was left."""
+
+
+@dataclass
+class _Page:
+    """One notebook of the report."""
+
+    name: str
+    duration_s: float = 0.0
+    problem: str = ""  # why the notebook did not end well; empty where it did
+    title: str = ""
+    body: str = ""
+    outcomes: list[Outcome] = field(default_factory=list)
+    anchors: dict[str, str] = field(default_factory=dict)  # of the experiments' sections
+    key_figure: str = ""  # PNG in base64
+    key_words: str = ""
+
+
+def make_report(
+    profile: str,
+    folder: Path,
+    *,
+    notebooks: Path = NOTEBOOKS,
+    parameters: Mapping[str, Any] | None = None,
+    time_limit_s: float | None = None,
+    say: Say = lambda words: None,
+    done: Say = lambda words: None,
+) -> int:
+    """Run the notebooks and write the report.
+
+    Parameters
+    ----------
+    profile : str
+        ``quick`` or ``full``: which of the notebooks' parameter files is used.
+    folder : Path
+        Becomes the report: ``index.html``, and a page and the executed notebook for each.
+    notebooks : Path
+        Folder of ``<two digits>-*.ipynb`` and ``params/``.
+    parameters : mapping, optional
+        Further parameters of every notebook.
+    time_limit_s : float, optional
+        Bound for one notebook, seconds; by default `TIME_LIMIT_S` of the profile.
+    say : callable
+        Gets what goes on now, to be written over by the next.
+    done : callable
+        Gets the lines to keep.
+
+    Returns
+    -------
+    int
+        Exit status: 0 where every notebook ended with all findings held, else 1.
+
+    Raises
+    ------
+    BadInput
+        No notebooks, a parameter that one of them does not have, or a folder that holds
+        something else; before anything runs.
+    ReportFailed
+        The folder cannot be written or the disk is full. Nothing is left of this report,
+        and an older one stays.
+    """
+    if profile not in PROFILES:
+        raise BadInput(f"A profile is {' or '.join(PROFILES)}, not {profile!r}.")
+    files = sorted(notebooks.glob("[0-9][0-9]-*.ipynb"))
+    if not files:
+        raise BadInput(f"There are no notebooks in {notebooks}.")
+    given = {**_parameters(notebooks / "params" / f"{profile}.yaml"), **(parameters or {})}
+    _check_parameters(files, given)
+    limit = TIME_LIMIT_S[profile] if time_limit_s is None else time_limit_s
+    folder = folder.absolute()
+    try:
+        with _building(folder) as partial:
+            begun, pages = time.monotonic(), []
+            for file in files:
+                pages.append(_execute(file, partial, given, limit, say))
+                done(_summary(pages[-1]))
+            say("making the pages")
+            for page in pages:
+                _read(page, partial / f"{page.name}.ipynb")
+                (partial / f"{page.name}.html").write_text(
+                    _html(page.title, f"<p><a href='index.html'>Report</a></p>{page.body}"),
+                    encoding="utf-8",
+                )
+            (partial / "index.html").write_text(
+                _index(pages, profile, time.monotonic() - begun), encoding="utf-8"
+            )
+            _publish(partial, folder)
+    except OSError as error:
+        raise ReportFailed(
+            f"The report could not be written in {folder} ({error.strerror or error}); free some "
+            "space or name a folder that can be written."
+        ) from None
+    for words in _missing(pages):
+        done(f"Not live: {words}")
+    done(f"{_tally(pages)} Open {folder / 'index.html'}")
+    return int(any(map(_failed, pages)))
+
+
+def _parameters(file: Path) -> dict[str, Any]:
+    from papermill.iorw import read_yaml_file
+
+    try:
+        given = read_yaml_file(str(file))
+    except Exception as error:  # the parser's own errors, and what the file system answers
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"The parameters in {file} cannot be read ({reason}).") from None
+    if not isinstance(given, dict):
+        raise BadInput(f"{file} must map names of parameters to values.")
+    return given
+
+
+def _check_parameters(files: list[Path], given: Mapping[str, Any]) -> None:
+    """Refuse names that a notebook does not have; papermill would only warn."""
+    import papermill
+
+    for file in files:
+        known = papermill.inspect_notebook(str(file))
+        if unknown := [name for name in given if name not in known]:
+            raise BadInput(
+                f"{file.name} has no parameter {unknown[0]!r}; it has {', '.join(known) or 'none'}."
+            )
+
+
+def _execute(
+    file: Path, partial: Path, given: Mapping[str, Any], limit_s: float, say: Say
+) -> _Page:
+    """Run one notebook into the folder of the report; its failure is noted on the page."""
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    page, begun = _Page(file.stem), time.monotonic()
+
+    def tell(cell: Any, cell_index: int) -> None:
+        for experiment in _MEASURES.findall(cell.source):
+            say(f"{page.name}: measuring {experiment}")
+
+    say(f"{page.name}: starting its kernel")
+    try:
+        with _kernel_environment():
+            papermill.execute_notebook(
+                str(file),
+                str(partial / file.name),
+                parameters=dict(given),
+                kernel_name="python3",
+                cwd=str(file.parent),
+                progress_bar=False,
+                # Engine options, handed on to nbclient.
+                timeout_func=lambda cell: max(1, int(begun + limit_s - time.monotonic())),
+                iopub_timeout=60,  # a flood of output is late, not lost
+                shutdown_kernel="immediate",
+                on_cell_start=tell,
+            )
+    except PapermillExecutionError as error:
+        page.problem = (
+            error.evalue if error.ename == "FindingFailed" else (f"{error.ename}: {error.evalue}")
+        )
+    except CellTimeoutError:
+        page.problem = f"It did not end within {limit_s:g} s and was stopped."
+    except DeadKernelError:
+        page.problem = "Its kernel process died."
+    except OSError as error:
+        if error.errno in _DISK_ERRORS:
+            raise
+        page.problem = f"It could not be run: {error}"
+    except Exception as error:
+        page.problem = f"It could not be run: {type(error).__name__}: {error}"
+    page.duration_s = time.monotonic() - begun
+    if not (partial / file.name).exists():
+        shutil.copyfile(file, partial / file.name)
+    _collect(page, partial / file.name)
+    return page
+
+
+@contextlib.contextmanager
+def _kernel_environment() -> Iterator[None]:
+    """Give a notebook's kernel this interpreter, no user's settings, and no noise."""
+    logger = logging.getLogger("papermill")
+    level, before = logger.level, dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="labkit-jupyter-") as folder:
+        os.environ.update(
+            JUPYTER_PREFER_ENV_PATH="1",
+            JUPYTER_RUNTIME_DIR=folder,
+            IPYTHONDIR=folder,
+            PYDEVD_DISABLE_FILE_VALIDATION="1",
+        )
+        for name in ("JUPYTER_PATH", "PYTEST_CURRENT_TEST"):
+            os.environ.pop(name, None)
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def _collect(page: _Page, file: Path) -> None:
+    """Read from an executed notebook what it found."""
+    import nbformat
+
+    notebook = nbformat.read(file, as_version=4)
+    outcomes: dict[str, Outcome] = {}
+    section, measured, figures = "", [], []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            section = cell.id
+            page.title = page.title or _heading(cell.source)
+            continue
+        for experiment in _MEASURES.findall(cell.source):
+            measured.append(experiment)
+            page.anchors[experiment] = section
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if FINDING_MIME in data:
+                outcome = Outcome(**data[FINDING_MIME])
+                outcomes[outcome.experiment] = outcome
+            if "image/png" in data:
+                figures.append(output)
+    for experiment in measured:
+        if experiment not in outcomes:
+            known = catalogue().get(experiment)
+            outcomes[experiment] = Outcome(
+                experiment,
+                known.number if known else 0,
+                known.question if known else "",
+                "error",
+                "The notebook stopped before it came to a finding.",
+            )
+    page.title = page.title or page.name
+    page.outcomes = sorted(outcomes.values(), key=lambda one: one.number)
+    for figure in sorted(figures, key=lambda one: not one.metadata.get(KEY_FIGURE))[:1]:
+        page.key_figure = figure.data["image/png"].replace("\n", "")
+        page.key_words = figure.data.get("text/plain", "")
+
+
+def _read(page: _Page, file: Path) -> None:
+    """Turn an executed notebook into the body of its page."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    notebook = nbformat.read(file, as_version=4)
+    # papermill's own marks; the page has a better one.
+    notebook.cells = [
+        cell
+        for cell in notebook.cells
+        if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])
+    ]
+    pictures = [
+        output.data.get("text/plain", "")
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {}) and "text/html" not in output.data
+    ]
+    exporter = HTMLExporter(
+        template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True
+    )
+    with warnings.catch_warnings():  # it warns of pictures without words; they follow
+        warnings.simplefilter("ignore")
+        page.body, _ = exporter.from_notebook_node(notebook)
+    for words in pictures:
+        page.body = page.body.replace(_NO_ALT, f'alt="{escape(words)}"', 1)
+    if page.problem:
+        page.body = f"<div class='problem'><pre>{escape(page.problem)}</pre></div>{page.body}"
+
+
+@contextlib.contextmanager
+def _building(folder: Path) -> Iterator[Path]:
+    """Yield a folder beside the report's, which is removed in the end where it still exists.
+
+    It is locked while we live, so that the next report knows what a killed one left.
+    """
+    if folder.exists() and not _replaceable(folder):
+        raise BadInput(
+            f"{folder} holds something that is no report of this lab; name another folder."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder.parent).free < _SPACE_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    sweep(folder)
+    partial = folder.with_name(f"{PARTIAL}{folder.name}-{os.getpid()}")
+    with _locked(folder.parent):
+        partial.mkdir()
+        holding = contextlib.ExitStack()
+        holding.callback(shutil.rmtree, partial, ignore_errors=True)
+        holding.enter_context(_locked(partial))
+    with holding:
+        yield partial
+
+
+def sweep(folder: Path) -> int:
+    """Remove the unfinished folders that killed reports left beside a report's folder.
+
+    Parameters
+    ----------
+    folder : Path
+        As given to `make_report`.
+
+    Returns
+    -------
+    int
+        How many there were.
+
+    Raises
+    ------
+    OSError
+        The folder's parent cannot be read.
+    """
+    folder, swept = folder.absolute(), 0
+    with _locked(folder.parent):
+        for prefix in (PARTIAL, REPLACED):
+            for left in folder.parent.glob(f"{prefix}{folder.name}-*"):
+                with contextlib.suppress(OSError), _locked(left, wait=False):
+                    shutil.rmtree(left)
+                    swept += 1
+    return swept
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether a folder is empty or an earlier report."""
+    if not folder.is_dir():
+        return False
+    index = folder / "index.html"
+    if index.is_file():
+        return _GENERATOR in index.read_text(encoding="utf-8", errors="replace")
+    return not any(folder.iterdir())
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock on a folder; OSError where it is taken and we do not wait."""
+    held = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(held)
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Put a complete report in place; a failure leaves the older one there."""
+    with _locked(folder.parent):
+        old = folder.with_name(f"{REPLACED}{folder.name}-{os.getpid()}")
+        if folder.exists():
+            folder.rename(old)
+        try:
+            partial.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _failed(page: _Page) -> bool:
+    return bool(page.problem) or any(one.state in ("fails", "error") for one in page.outcomes)
+
+
+def _counted(pages: list[_Page]) -> dict[str, int]:
+    """Outcomes of all pages by what became of them."""
+    every = [one for page in pages for one in page.outcomes]
+    return {
+        "hold on this kernel": sum(one.state == "holds" and one.live for one in every),
+        "hold in recorded runs": sum(one.state == "holds" and not one.live for one in every),
+        "fail": sum(one.state in ("fails", "error") for one in every),
+        "could not run here": sum(one.state == "lacks" for one in every),
+    }
+
+
+def _tally(pages: list[_Page]) -> str:
+    counts = _counted(pages)
+    words = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f"{sum(counts.values())} experiments: {words or 'none'}."
+
+
+def _summary(page: _Page) -> str:
+    state = "FAILED" if _failed(page) else "ok"
+    lines = [f"{page.name}: {state}, {page.duration_s:.0f} s. {_tally([page])}"]
+    lines += [
+        f"  {one.experiment}: {one.sentence}"
+        for one in page.outcomes
+        if one.state in ("fails", "error")
+    ]
+    if page.problem and len(lines) == 1:
+        lines.append(f"  {page.problem}")
+    return "\n".join(lines)
+
+
+def _missing(pages: list[_Page]) -> list[str]:
+    """What this machine lacks, each once."""
+    return list(dict.fromkeys(one.lacks for page in pages for one in page.outcomes if one.lacks))
+
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto;
+  padding: 1rem; max-width: 56rem; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
+a { color: #0072B2; } .anchor-link { display: none; }
+img { max-width: 100%; height: auto; }
+pre { overflow-x: auto; font-size: 0.82rem; }
+.jp-InputArea .highlight, .highlight { background: #f5f5f2; }
+.highlight pre { padding: 0.5rem 0.8rem; margin: 0.4rem 0; }
+.jp-OutputArea-output { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.85rem; margin: 0.5rem 0; }
+th, td { text-align: left; padding: 0.15rem 0.7rem 0.15rem 0; vertical-align: top;
+  border-bottom: 1px solid #ddd; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+.badge { font-weight: 700; padding: 0 0.45em; border: 2px solid; border-radius: 0.3em;
+  white-space: nowrap; font-size: 0.85em; }
+.good { color: #00664a; } .bad { color: #b04a00; } .aside { color: #8a3d6b; }
+.good.live { border-style: solid; } .aside { border-style: dashed; }
+.small { font-size: 0.85rem; color: #555; }
+.notebook { border-top: 3px solid #ddd; margin-top: 2rem; }
+.notebook img { display: block; margin: 0.5rem 0; max-width: min(100%, 32rem); }
+ul.findings { list-style: none; padding: 0; } ul.findings li { margin: 0.7rem 0; }
+.problem { border-left: 4px solid #D55E00; padding-left: 0.8rem; }
+.problem pre { white-space: pre-wrap; }
+"""
+
+
+def _html(title: str, body: str) -> str:
+    """Wrap a page that loads nothing from anywhere."""
+    from pygments.formatters import HtmlFormatter
+
+    colours = HtmlFormatter(style="friendly").get_style_defs(".highlight")
+    return (
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"{_GENERATOR}<title>{escape(title)}</title><style>{colours}{_STYLE}</style></head>\n"
+        f"<body>{body}</body></html>\n"
+    )
+
+
+def _index(pages: list[_Page], profile: str, duration_s: float) -> str:
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    bad = any(map(_failed, pages))
+    parts = [
+        "<h1>Map freshness lab</h1>",
+        f"<p>{_badge('FAILS' if bad else 'holds', 'bad' if bad else 'good')} {_tally(pages)}</p>",
+        f"<p class='small'>Profile {escape(profile)}, {duration_s:.0f} s on "
+        f"{escape(platform.system())} {escape(platform.release())}, {made}.</p>",
+    ]
+    if lacks := _missing(pages):
+        items = "".join(f"<li>{escape(words)}</li>" for words in lacks)
+        parts.append(
+            "<div class='problem'><p>Not everything was measured on this machine. Where a run is "
+            "marked as recorded, it comes from the kernel named beside it. To make it live:</p>"
+            f"<ul>{items}</ul></div>"
+        )
+    return _html("Map freshness lab", "\n".join(parts + [_card(page) for page in pages]))
+
+
+def _card(page: _Page) -> str:
+    state = _badge("FAILED", "bad") if _failed(page) else _badge("ok", "good")
+    kernels = sorted({one.kernel for one in page.outcomes if one.kernel}) or [platform.release()]
+    parts = [
+        f"<section class='notebook'><h2><a href='{page.name}.html'>{escape(page.title)}</a></h2>",
+        f"<p>{state} <span class='small'>{page.duration_s:.0f} s, kernel "
+        f"{escape(', '.join(kernels))}. {_tally([page]) if page.outcomes else ''} "
+        f"<a href='{page.name}.ipynb'>Executed notebook</a></span></p>",
+    ]
+    if page.problem:
+        parts.append(f"<div class='problem'><pre>{escape(page.problem)}</pre></div>")
+    if page.key_figure:
+        parts.append(
+            f"<img src='data:image/png;base64,{page.key_figure}' alt='{escape(page.key_words)}'>"
+        )
+    parts.append(f"<ul class='findings'>{''.join(_item(page, one) for one in page.outcomes)}</ul>")
+    return "\n".join([*parts, "</section>"])
+
+
+def _item(page: _Page, one: Outcome) -> str:
+    word, look = {
+        "holds": ("holds", "good"),
+        "fails": ("FAILS", "bad"),
+        "error": ("NO FINDING", "bad"),
+        "lacks": ("cannot run here", "aside"),
+    }[one.state]
+    recorded = _badge(f"recorded on {one.kernel}", "aside") if one.kernel and not one.live else ""
+    where = f"{page.name}.html#cell-id={page.anchors.get(one.experiment, '')}"
+    saved = f"<br><span class='small'>{escape(one.run)}</span>" if one.run else ""
+    return (
+        f"<li>{_badge(word, look)} {recorded} {one.number}. "
+        f"<a href='{escape(where)}'>{escape(one.experiment)}</a><br>"
+        f"{escape(one.sentence)}{saved}</li>"
+    )
+
+
+def _badge(word: str, look: str) -> str:
+    return f"<span class='badge {look}'>{escape(word)}</span>"
+
+
+def _heading(text: str) -> str:
+    """The first heading of a Markdown cell, or nothing."""
+    found = re.search(r"^#\s+(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else ""
