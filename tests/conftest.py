@@ -1,0 +1,122 @@
+"""What every test shares: whether it may use the kernel, and that it leaves nothing in it.
+
+``LABKIT_KERNEL_TESTS`` has three states. Unset: try the kernel, and skip with the reason where it
+runs no BPF. ``0``: skip. ``1``: a skip is a failure, for machines that are known to run BPF. A test
+of a feature that this very kernel lacks asks `require_feature`, and is skipped in every state.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+STATE = os.environ.get("LABKIT_KERNEL_TESTS", "")
+KERNEL_TESTS = Path(__file__).parent / "kernel"
+LACKS = "this kernel lacks "
+# The kernel frees an object some time after its last holder let go of it.
+FREED_WITHIN_S = 10.0
+
+Ids = frozenset[tuple[str, int]]
+
+
+def pytest_configure() -> None:
+    if STATE not in ("", "0", "1"):
+        raise pytest.UsageError(f"LABKIT_KERNEL_TESTS must be unset, 0 or 1, not {STATE!r}.")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(KERNEL_TESTS):
+            item.add_marker(pytest.mark.kernel)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Turn the skip of a kernel test into a failure where kernel tests must run."""
+    report = yield
+    if STATE == "1" and report.skipped and item.get_closest_marker("kernel"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if LACKS not in reason:
+            report.outcome = "failed"
+            report.longrepr = f"LABKIT_KERNEL_TESTS=1, so this skip is a failure: {reason}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def why_no_kernel() -> str:
+    """Tell why no BPF program runs here, by trying; empty if one does."""
+    if STATE == "0":
+        return "LABKIT_KERNEL_TESTS=0"
+    from labkit.kernel import probe
+
+    for name in probe.essential():
+        feature = probe.probe(name)
+        if not feature.works:
+            return f"no BPF here: {name}: {feature.answer} ({feature.remedy})"
+    return ""
+
+
+@pytest.fixture
+def kernel(why_no_kernel: str) -> None:
+    """Skip the test, or fail it, where the kernel runs no BPF."""
+    if why_no_kernel:
+        pytest.skip(why_no_kernel)
+
+
+@pytest.fixture
+def require_feature(kernel: None) -> Callable[[str], None]:
+    """Skip the test unless the kernel has the named feature, whatever the state."""
+    from labkit.kernel import probe
+
+    def require(name: str) -> None:
+        feature = probe.probe(name)
+        if not feature.works:
+            pytest.skip(f"{LACKS}{name}: {feature.answer}")
+
+    return require
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_in_the_kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a kernel test that leaves a map, program or link of its own.
+
+    Others use BPF on the machine at the same time: what counts is held by this process or
+    its children, or by nobody who lives.
+    """
+    if request.node.get_closest_marker("kernel") is None:
+        yield
+        return
+    request.getfixturevalue("kernel")
+    before = _ours()
+    yield
+    gc.collect()
+    deadline = time.monotonic() + FREED_WITHIN_S
+    left = _ours() - before
+    while left and time.monotonic() < deadline:
+        time.sleep(0.02)
+        left &= _ours()
+    if left:
+        from labkit.kernel import objects
+
+        names = ", ".join(f"{kind} {number}" for kind, number in sorted(left))
+        pytest.fail(f"the test left in the kernel: {names}\n{objects.snapshot()}", pytrace=False)
+
+
+def _ours() -> Ids:
+    from labkit.kernel import objects
+
+    found = objects.snapshot()
+    ours = [found.owned_by(objects.family(os.getpid())), found.orphans()]
+    return frozenset(
+        (kind, number)
+        for some in ours
+        for kind, ids in (("map", some.maps), ("program", some.programs), ("link", some.links))
+        for number in ids
+    )
