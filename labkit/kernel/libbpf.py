@@ -15,6 +15,9 @@ from ctypes import byref, c_char, c_char_p, c_int, c_size_t, c_uint32, c_uint64,
 from enum import IntEnum, IntFlag
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from labkit.errors import Unavailable
 
 ENOTSUPP = 524
@@ -111,6 +114,9 @@ class AttachType(IntEnum):
 
 PROGRAM_SLEEPABLE = 1 << 4
 
+INSTRUCTION = np.dtype([("code", "u1"), ("registers", "u1"), ("offset", "i2"), ("immediate", "i4")])
+"""``struct bpf_insn``."""
+
 
 class _Opts(ctypes.Structure):
     """A libbpf option block: ``sz`` says which fields this caller knows."""
@@ -186,6 +192,12 @@ class TestRunOpts(_Opts):
         ("cpu", c_uint32),
         ("batch_size", c_uint32),
     ]
+
+
+class ObjectOpenOpts(_Opts):
+    """The head of ``struct bpf_object_open_opts``."""
+
+    _fields_ = [("sz", c_size_t), ("object_name", c_char_p)]
 
 
 class MapInfo(ctypes.Structure):
@@ -305,6 +317,16 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "bpf_link_create": (c_int, c_int, c_int, c_void_p),
     "libbpf_find_vmlinux_btf_id": (c_char_p, c_int),
     "libbpf_num_possible_cpus": (),
+    "bpf_object__load": (c_void_p,),
+    "bpf_map__fd": (c_void_p,),
+    "bpf_map__set_initial_value": (c_void_p, c_char_p, c_size_t),
+    "bpf_program__fd": (c_void_p,),
+}
+
+_ANSWERS_POINTER: dict[str, tuple[Any, ...]] = {
+    "bpf_object__open_mem": (c_char_p, c_size_t, c_void_p),
+    "bpf_object__find_map_by_name": (c_void_p, c_char_p),
+    "bpf_object__find_program_by_name": (c_void_p, c_char_p),
 }
 
 
@@ -335,6 +357,12 @@ def library() -> ctypes.CDLL:
         function = getattr(lib, name)
         function.argtypes = list(arguments)
         function.restype = c_int
+    for name, arguments in _ANSWERS_POINTER.items():
+        function = getattr(lib, name)
+        function.argtypes = list(arguments)
+        function.restype = c_void_p
+    lib.bpf_object__close.argtypes = [c_void_p]
+    lib.bpf_object__close.restype = None
     silent = ctypes.CFUNCTYPE(c_int, c_int, c_char_p, c_void_p)(lambda *_: 0)
     lib.libbpf_set_print.restype = c_void_p
     lib.libbpf_set_print(silent)
@@ -511,6 +539,20 @@ def map_info(fd: int) -> MapInfo:
     return info
 
 
+def map_memory(fd: int) -> int:
+    """Bytes that the kernel says a map takes (``memlock`` in its fdinfo).
+
+    Since Linux 6.4 this follows what is allocated; before, it is a bound worked out at
+    creation (90a5527d7686).
+    """
+    with open(f"/proc/self/fdinfo/{fd}") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name == "memlock":
+                return int(value)
+    return 0
+
+
 def prog_info(fd: int) -> ProgInfo:
     """What the kernel says of the program behind a file descriptor."""
     info = ProgInfo()
@@ -534,6 +576,26 @@ def prog_xlated(fd: int) -> bytes:
     info = ProgInfo(xlated_prog_len=size, xlated_prog_insns=ctypes.addressof(code))
     object_info(fd, info)
     return code.raw
+
+
+def prog_instructions(fd: int) -> npt.NDArray[np.void]:
+    """The instructions of a program as the verifier left them (``xlated``).
+
+    Returns
+    -------
+    numpy.ndarray
+        Structured, one row per 8-byte instruction: ``code`` (u1), ``registers`` (u1),
+        ``offset`` (i2), ``immediate`` (i4).
+
+    Raises
+    ------
+    OSError
+        The kernel does not show them to this user.
+    """
+    size = prog_info(fd).xlated_prog_len
+    body = ctypes.create_string_buffer(max(size, 1))
+    object_info(fd, ProgInfo(xlated_prog_len=size, xlated_prog_insns=ctypes.addressof(body)))
+    return np.frombuffer(body.raw[:size], INSTRUCTION)
 
 
 def ids(of: str) -> list[int]:
