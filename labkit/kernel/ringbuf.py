@@ -1,0 +1,536 @@
+"""The ring buffer read by NumPy: records of one size are taken a batch at a time.
+
+The kernel maps a ring into user space as a page with the consumer's position, a page with
+the producer's, and the data twice in a row, so that a record never breaks at the end
+(kernel/bpf/ringbuf.c). Each record is an eight-byte header (its length, with bit 31 while
+the producer still writes it and bit 30 once it was discarded) and the payload, rounded up
+to eight bytes. Where all records have one size, headers and payloads are strided arrays:
+one comparison checks a few ten thousand headers, one assignment copies as many payloads,
+and no Python runs for a single record.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import math
+import mmap
+import os
+import platform
+import select
+import time
+from collections.abc import Iterator
+from ctypes import c_int, c_size_t, c_void_p
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from labkit.errors import BadInput
+from labkit.kernel import libbpf
+from labkit.kernel.libbpf import MapKind
+from labkit.kernel.maps import Map, map_error
+
+BUSY: Final = 1 << 31
+"""Header bit of a record that its producer has reserved but not yet handed over."""
+
+DISCARDED: Final = 1 << 30
+"""Header bit of a record that its producer gave back; consumers skip it."""
+
+HEADER_BYTES: Final = 8
+"""Bytes in front of every payload."""
+
+_LENGTH: Final = DISCARDED - 1
+# Headers and copies go in pieces that stay in the CPU's cache between the two passes.
+_PIECE: Final = 32_768
+# How long to look away from a record that is still being written, seconds.
+_BUSY_PAUSE_S: Final = 50e-6
+_POLL_LIMIT_MS: Final = 60_000
+
+Consumer = Literal["numpy", "libbpf"]
+
+_SampleCallback = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t)
+
+# Ids of the maps that have a reader in this process.
+_being_read: set[int] = set()
+
+
+def slot_bytes(payload_bytes: int) -> int:
+    """Bytes that a record takes in a ring: header and payload, rounded up to eight.
+
+    Examples
+    --------
+    >>> slot_bytes(32), slot_bytes(33)
+    (40, 48)
+    """
+    return -(-(HEADER_BYTES + payload_bytes) // 8) * 8
+
+
+class Layout:
+    """Records of one size in a ring's doubly mapped data; knows no kernel.
+
+    Parameters
+    ----------
+    data : buffer
+        The data twice in a row, and ``start`` bytes in front of it.
+    start : int
+        Offset of the data in the buffer, bytes.
+    capacity : int
+        Size of the ring, bytes; a power of two.
+    payload : int
+        Size of every payload, bytes.
+    """
+
+    def __init__(self, data: mmap.mmap | bytearray, start: int, capacity: int, payload: int):
+        self.slot = slot_bytes(payload)
+        self._data, self._start, self._mask = data, start, capacity - 1
+        self._size = np.uint32(payload)
+        self._payload = np.dtype(f"V{payload}")
+        self._words = np.frombuffer(data, np.uint32, count=capacity // 4, offset=start)
+
+    def header(self, position: int) -> int:
+        """Header of the record at a position: its length and the bits of its state."""
+        return int(self._words[(position & self._mask) // 4])
+
+    def take(self, position: int, end: int, out: npt.NDArray[np.void]) -> tuple[int, int]:
+        """Copy one piece of the records between two positions.
+
+        Stops in front of a record that is busy or has another size.
+
+        Parameters
+        ----------
+        position, end : int
+            The consumer's and the producer's position, bytes since the ring was made.
+        out : numpy.ndarray of void, shape (n,)
+            Gets the payloads; at most ``n`` records are passed.
+
+        Returns
+        -------
+        copied, passed : int
+            Payloads in ``out``, and records passed: discarded ones are passed, not copied.
+        """
+        count = min((end - position) // self.slot, len(out), _PIECE)
+        at = self._start + (position & self._mask)
+        headers = np.ndarray((count,), np.uint32, self._data, at, (self.slot,))
+        payloads: npt.NDArray[np.void] = np.ndarray(
+            (count,), self._payload, self._data, at + HEADER_BYTES, (self.slot,)
+        )
+        if (headers == self._size).all():
+            out[:count] = payloads
+            return count, count
+        # Judged from one copy: the producer clears a busy bit whenever it likes.
+        seen = headers.copy()
+        ready = ((seen & _LENGTH) == self._size) & (seen < BUSY)
+        if not ready.all():
+            count = int(ready.argmin())
+        kept = (seen[:count] & DISCARDED) == 0
+        copied = int(kept.sum())
+        out[:copied] = payloads[:count][kept]
+        return copied, count
+
+
+@dataclass(frozen=True)
+class RingStats:
+    """What a reader did, and how its ring stands.
+
+    Attributes
+    ----------
+    consumed : int
+        Records delivered by this reader.
+    discarded : int
+        Records that the producer had given back; passed, not delivered.
+    unread_bytes : int
+        Between consumer and producer, headers and busy records included.
+    free_bytes : int
+        The rest of the ring; the kernel never fills the last byte of it.
+    capacity_bytes : int
+        Size of the ring.
+    """
+
+    consumed: int
+    discarded: int
+    unread_bytes: int
+    free_bytes: int
+    capacity_bytes: int
+
+
+class RingReader:
+    """Reads a ring buffer map whose records all have one size.
+
+    A ring has one consumer. A second reader in this process is refused; another process,
+    or bcc's own callback, on the same ring must be kept away by its user.
+
+    Records that found no room are not in the ring, and the kernel does not count them:
+    the program that produces has to.
+
+    Parameters
+    ----------
+    ring : Map or int
+        The map, or its file descriptor, which stays the caller's.
+    dtype : dtype-like
+        Layout of a record; its size is the size that the program reserves.
+    batch : int
+        Records in the array that the reader owns and fills again at every `read`.
+    consumer : {"numpy", "libbpf"}, optional
+        ``numpy`` reads the mapping itself, and relies on loads that are not reordered with
+        other loads, nor stores with earlier loads: x86. ``libbpf`` calls back for every
+        record: right everywhere, some hundred times slower. By default the first that
+        is right on this machine.
+
+    Raises
+    ------
+    BadInput
+        No ring buffer map, a dtype that cannot be a record of it, a second reader, or
+        ``numpy`` on a CPU with weakly ordered memory.
+
+    Examples
+    --------
+    >>> from labkit.kernel.maps import Map, MapKind
+    >>> with Map.create(
+    ...     MapKind.RINGBUF, key=None, value=None, max_entries=4096
+    ... ) as ring, RingReader(ring, [("seq", "u8"), ("ns", "u8")]) as reader:
+    ...     len(reader.poll(0.01))
+    0
+    """
+
+    def __init__(
+        self,
+        ring: Map | int,
+        dtype: npt.DTypeLike,
+        *,
+        batch: int = 65_536,
+        consumer: Consumer | None = None,
+    ) -> None:
+        self._fd = -1
+        self._dtype = np.dtype(dtype)
+        self.consumer: Consumer = _right_here() if consumer is None else consumer
+        info = libbpf.map_info(ring if isinstance(ring, int) else ring.fd)
+        name = info.name.decode()
+        if info.type != MapKind.RINGBUF:
+            raise BadInput(
+                f"Map {name} (id {info.id}) is a {MapKind(info.type).name.lower()}: "
+                "a RingReader takes a ring buffer map."
+            )
+        self._capacity: int = info.max_entries
+        _check_record(self._dtype, self._capacity)
+        if batch < 1:
+            raise BadInput(f"A batch holds at least 1 record, not {batch}.")
+        if self.consumer not in ("numpy", "libbpf"):
+            raise BadInput(f"A consumer is 'numpy' or 'libbpf', not {consumer!r}.")
+        if self.consumer == "numpy" and _right_here() != "numpy":
+            raise BadInput(
+                f"On {platform.machine()} memory is weakly ordered and NumPy has no acquire "
+                "load: use consumer='libbpf'."
+            )
+        if info.id in _being_read:
+            raise BadInput(
+                f"Ring {name} (id {info.id}) has a reader already, and a ring has one consumer: "
+                "close the other one first."
+            )
+        self.map_id: int = info.id
+        self._consumed = self._discarded = 0
+        self._void = np.dtype(f"V{self._dtype.itemsize}")
+        self._own = np.empty(batch, self._dtype)
+        # Touched now: the kernel hands out zeroed pages at their first use, which costs more
+        # than the copy itself.
+        self._own.view(np.uint8).fill(0)
+        self._fd = os.dup(ring if isinstance(ring, int) else ring.fd)
+        _being_read.add(self.map_id)
+        try:
+            self._map()
+            self._libbpf = _LibbpfConsumer(self._fd, self._void) if self._by_libbpf else None
+        except BaseException:
+            self.close()
+            raise
+        self._poller = select.poll()
+        self._poller.register(self._fd, select.POLLIN)
+
+    @property
+    def _by_libbpf(self) -> bool:
+        return self.consumer == "libbpf"
+
+    def _map(self) -> None:
+        page = mmap.PAGESIZE
+        try:
+            consumer = mmap.mmap(self._fd, page, mmap.MAP_SHARED)
+            data = mmap.mmap(
+                self._fd,
+                page + 2 * self._capacity,
+                mmap.MAP_SHARED,
+                mmap.PROT_READ,
+                offset=page,
+            )
+        except OSError as error:
+            raise map_error(error.errno or 0, f"Mapping ring id {self.map_id}") from error
+        # Never closed by hand: the mappings go with the last view of them.
+        self._consumer_position = np.frombuffer(consumer, np.uint64, count=1)
+        self._producer_position = np.frombuffer(data, np.uint64, count=1)
+        self._layout = Layout(data, page, self._capacity, self._dtype.itemsize)
+
+    # -- reading -----------------------------------------------------------------------
+
+    def read(
+        self, out: npt.NDArray[Any] | None = None, limit: int | None = None
+    ) -> npt.NDArray[Any]:
+        """Take what is in the ring now; never blocks.
+
+        A record that is still being written ends the batch: the ones behind it come
+        later, in order.
+
+        Parameters
+        ----------
+        out : numpy.ndarray, optional
+            Contiguous array of the reader's dtype to fill. Without it the reader's own
+            array is filled, **and the next read overwrites it**: copy what must stay.
+        limit : int, optional
+            Records at most; by default as many as the array holds.
+
+        Returns
+        -------
+        numpy.ndarray
+            A view of the front of the array that was filled; empty if there was nothing.
+
+        Raises
+        ------
+        BadInput
+            The reader is closed, ``out`` does not fit, or the ring holds a record of
+            another size: what stands in front of it is delivered first.
+        """
+        self._check_open()
+        if out is None:
+            out = self._own
+        elif not isinstance(out, np.ndarray) or out.dtype != self._dtype or out.ndim != 1:
+            raise BadInput(f"out must be an array of shape (n,) and dtype {self._dtype}.")
+        elif not (out.flags.c_contiguous and out.flags.writeable):
+            raise BadInput("out must be contiguous and writable.")
+        if limit is not None:
+            if limit < 1:
+                raise BadInput(f"A limit is at least 1 record, not {limit}.")
+            out = out[:limit]
+        if len(out) == 0:
+            raise BadInput("out holds no record: make it longer.")
+        target: npt.NDArray[np.void] = out.view(self._void)
+        copied = self._take_by_libbpf(target) if self._by_libbpf else self._take(target)
+        self._consumed += copied
+        return out[:copied]
+
+    def _take(self, out: npt.NDArray[np.void]) -> int:
+        position, copied = int(self._consumer_position[0]), 0
+        # On x86 this load, and those of the headers, acquire: no later load passes them. One
+        # look at the end bounds the loop, however fast the producer is.
+        end = int(self._producer_position[0])
+        while copied < len(out):
+            got, passed = self._layout.take(position, end, out[copied:])
+            if not passed:
+                break
+            position += passed * self._layout.slot
+            copied += got
+            self._discarded += passed - got
+            # On x86 this store releases: the copy above is done when the kernel sees it. Piece
+            # by piece, so that the producer has room again early.
+            self._consumer_position[0] = position
+        if not copied and position < end:
+            length = self._layout.header(position) & _LENGTH
+            if length != self._dtype.itemsize:
+                raise self._other_size(length)
+        return copied
+
+    def _take_by_libbpf(self, out: npt.NDArray[np.void]) -> int:
+        assert self._libbpf is not None
+        before = int(self._consumer_position[0])
+        copied = self._libbpf.take(out)
+        if self._libbpf.refused is None:
+            passed = (int(self._consumer_position[0]) - before) // self._layout.slot
+            self._discarded += passed - copied
+        elif not copied:
+            raise self._other_size(self._libbpf.refused)
+        return copied
+
+    def _other_size(self, length: int) -> BadInput:
+        return BadInput(
+            f"Ring id {self.map_id} holds a record of {length} bytes and the dtype has "
+            f"{self._dtype.itemsize}: give the program's layout; records of several sizes "
+            "cannot be read by a RingReader."
+        )
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until a record can be read.
+
+        Parameters
+        ----------
+        timeout_s : float
+            Bound, seconds; the kernel's timer rounds it up to a millisecond. Where the
+            program wakes nobody (``BPF_RB_NO_WAKEUP``) this is the reader's timer.
+
+        Returns
+        -------
+        bool
+            Whether there is one; the ring is looked at once more after the deadline.
+
+        Raises
+        ------
+        BadInput
+            The reader is closed, or the timeout is no bound.
+        """
+        self._check_open()
+        deadline = time.monotonic() + _bounded(timeout_s)
+        # No wakeup is lost between our look and our sleep. By its default rule the kernel
+        # wakes us only if it finds the consumer's position at the record that it commits
+        # (bpf_ringbuf_commit: xchg of the header, then load of the position), and on x86 our
+        # store of the position may still be on its way when we load the header. But poll(2),
+        # unlike epoll's ready list, always asks the map itself: ringbuf_map_poll_kern first
+        # joins the wait queue, which takes its lock and so is a full barrier, and then
+        # compares the two positions. Either it sees the record or the producer sees us.
+        while not self._ready():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return self._ready()
+            if self._consumer_position[0] != self._producer_position[0]:
+                # A record is being written: for poll(2) that is data, so it would not sleep.
+                time.sleep(min(left, _BUSY_PAUSE_S))
+            else:
+                self._poller.poll(min(math.ceil(left * 1e3), _POLL_LIMIT_MS))
+        return True
+
+    def _ready(self) -> bool:
+        position = int(self._consumer_position[0])
+        if position == int(self._producer_position[0]):
+            return False
+        return self._layout.header(position) < BUSY
+
+    def poll(
+        self,
+        timeout_s: float,
+        out: npt.NDArray[Any] | None = None,
+        limit: int | None = None,
+    ) -> npt.NDArray[Any]:
+        """`wait`, then `read`: an empty batch once the timeout passed."""
+        self.wait(timeout_s)
+        return self.read(out, limit)
+
+    def batches(self, for_s: float) -> Iterator[npt.NDArray[Any]]:
+        """Yield batches as they come, for a bounded time.
+
+        Parameters
+        ----------
+        for_s : float
+            Seconds after which the iteration ends.
+
+        Yields
+        ------
+        numpy.ndarray
+            As `read` without arguments: valid until the next one.
+        """
+        deadline = time.monotonic() + _bounded(for_s)
+        while (left := deadline - time.monotonic()) > 0:
+            batch = self.poll(left)
+            if len(batch):
+                yield batch
+
+    def stats(self) -> RingStats:
+        """What was read so far, and how full the ring is now."""
+        self._check_open()
+        unread = int(self._producer_position[0]) - int(self._consumer_position[0])
+        return RingStats(
+            consumed=self._consumed,
+            discarded=self._discarded,
+            unread_bytes=unread,
+            free_bytes=self._capacity - unread,
+            capacity_bytes=self._capacity,
+        )
+
+    # -- ending ------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Drop the mappings and our reference to the ring; safe to call twice."""
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return
+        _being_read.discard(self.map_id)
+        for name in ("_layout", "_consumer_position", "_producer_position"):
+            self.__dict__.pop(name, None)
+        consumer = self.__dict__.pop("_libbpf", None)
+        if consumer is not None:
+            consumer.close()
+        os.close(fd)
+
+    def _check_open(self) -> None:
+        if self._fd < 0:
+            raise BadInput("This RingReader is closed: make a new one.")
+
+    def __enter__(self) -> RingReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if "_fd" in self.__dict__:
+            self.close()
+
+
+class _LibbpfConsumer:
+    """libbpf's own consumer (its loads acquire on every CPU), one callback a record."""
+
+    def __init__(self, fd: int, void: np.dtype[np.void]) -> None:
+        self.refused: int | None = None
+        self._size = void.itemsize
+        self._at = self._room = self._copied = 0
+        self._lib = libbpf.library()
+        self._lib.ring_buffer__new.argtypes = [c_int, _SampleCallback, c_void_p, c_void_p]
+        self._lib.ring_buffer__new.restype = c_void_p
+        self._lib.ring_buffer__consume.argtypes = [c_void_p]
+        self._lib.ring_buffer__free.argtypes = [c_void_p]
+        self._lib.ring_buffer__free.restype = None
+        self._callback = _SampleCallback(self._accept)
+        self._rings = self._lib.ring_buffer__new(fd, self._callback, None, None)
+        if not self._rings:
+            raise map_error(ctypes.get_errno() or errno.ENOMEM, "Opening a ring with libbpf")
+
+    def take(self, out: npt.NDArray[np.void]) -> int:
+        """Fill an array; a record of another size ends it and is named in ``refused``."""
+        if self.refused is not None:
+            return 0
+        self._at, self._room, self._copied = out.ctypes.data, len(out), 0
+        self._lib.ring_buffer__consume(self._rings)
+        return self._copied
+
+    def _accept(self, _context: int, data: int, size: int) -> int:
+        if size != self._size:
+            self.refused = size
+            return -errno.ECANCELED
+        ctypes.memmove(self._at, data, size)
+        self._at += size
+        self._copied += 1
+        # A negative answer ends the call behind this record; libbpf counts it as consumed.
+        return -errno.ECANCELED if self._copied == self._room else 0
+
+    def close(self) -> None:
+        self._lib.ring_buffer__free(self._rings)
+
+
+def _right_here() -> Consumer:
+    return "numpy" if platform.machine() in ("x86_64", "AMD64") else "libbpf"
+
+
+def _check_record(dtype: np.dtype[Any], capacity: int) -> None:
+    if dtype.hasobject or dtype.itemsize == 0:
+        raise BadInput(f"A record is plain bytes of a fixed size; {dtype} is not.")
+    if slot_bytes(dtype.itemsize) > capacity:
+        raise BadInput(
+            f"A record of {dtype.itemsize} bytes never fits into a ring of {capacity}: "
+            "make the ring larger."
+        )
+
+
+def _bounded(seconds: float) -> float:
+    if not 0 <= seconds < math.inf:
+        raise BadInput(f"A wait is bounded: give seconds from 0 on, not {seconds}.")
+    return seconds
