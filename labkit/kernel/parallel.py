@@ -175,6 +175,10 @@ class Child:
             raise value
         return value
 
+    def ended(self) -> bool:
+        """Whether the child has ended, or its result waits to be read."""
+        return bool(select.select([self._read], [], [], 0)[0])
+
     def close(self, *, kill: bool = True) -> None:
         """End the child and collect it; safe to call twice."""
         if self.exit_status is not None:

@@ -19,15 +19,17 @@ def lru_eviction(run: Run) -> Finding:
     control, fixed = run.count("control"), run.count("fixed")
     share = 1 / int(run.table("cpus")["possible"].iloc[0])
     kept = 1 - per_cpu.rate
-    touch = run.table("touch").set_index("case").loc["LRU, common lists"]
+    touch = run.table("touch")
+    touch = touch[touch["case"] == "LRU, common lists"]
+    absent, touches = int(touch["answered_absent"].sum()), int(touch["touches"].sum())
     fill = run.table("fill")
     refused = int(fill[fill["case"] == "plain hash"]["refused"].max())
     return Finding(
         run.experiment,
         f"Filled from one CPU, an LRU map with NO_COMMON_LRU kept {kept:.0%} of its keys, that "
         f"CPU's share of {share:.0%}, without one error. In a full common LRU, updating one "
-        f"present key evicted {touched} keys, and {touch['answered_absent']:,} of "
-        f"{touch['touches']:,} updates did not find their own key. A plain hash lost {fixed} and "
+        f"present key evicted {touched} keys, and {absent:,} of "
+        f"{touches:,} updates did not find their own key. A plain hash lost {fixed} and "
         "refused what did not fit.",
         (
             Check(
@@ -39,8 +41,8 @@ def lru_eviction(run: Run) -> Finding:
                   str(touched)),
             Check(
                 "and the key itself: EXIST answers ENOENT",
-                int(touch["answered_absent"]) > 0,
-                f"{touch['answered_absent']:,} of {touch['touches']:,}",
+                absent > 0,
+                f"{absent:,} of {touches:,}",
             ),
             Check("beyond max_entries the LRU evicts in silence", beyond.anomalies > 0,
                   str(beyond)),

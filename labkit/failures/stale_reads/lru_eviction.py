@@ -84,21 +84,18 @@ def lru_eviction(*, entries: int, touches: int) -> Tables:
             anomalies=confirmed - int(row["kept"].iloc[0]),
         )
     say("touching one key of full maps")
-    touch = pd.DataFrame(
-        [
-            {"case": setting.case, **_touch(setting, entries, touches)}
-            for setting in (_COMMON, _PLAIN)
-        ]
-    )
-    for i, variant in enumerate(("broken", "fixed")):
+    touched = []
+    for variant, setting in (("broken", _COMMON), ("fixed", _PLAIN)):
+        row = _touch(setting, entries, touches)
+        touched.append({"case": setting.case, **row})
         triad.add(
             variant,
-            case=f"{touch.loc[i, 'case']}, full, one key updated with EXIST",
+            case=f"{setting.case}, full, one key updated with EXIST",
             operations=entries,
-            anomalies=int(touch.loc[i, "gone"]),
+            anomalies=row["gone"],
         )
     possible = pd.DataFrame({"possible": [libbpf.possible_cpus()]})
-    return {"counts": triad.table(), "fill": fill, "touch": touch, "cpus": possible}
+    return {"counts": triad.table(), "fill": fill, "touch": pd.DataFrame(touched), "cpus": possible}
 
 
 def _fill(setting: _Setting, entries: int, inserted: int) -> dict[str, int]:
