@@ -86,13 +86,13 @@ def lru_eviction(*, entries: int, touches: int) -> Tables:
     say("touching one key of full maps")
     touched = []
     for variant, setting in (("broken", _COMMON), ("fixed", _PLAIN)):
-        row = _touch(setting, entries, touches)
-        touched.append({"case": setting.case, **row})
+        outcome = _touch(setting, entries, touches)
+        touched.append({"case": setting.case, **outcome})
         triad.add(
             variant,
             case=f"{setting.case}, full, one key updated with EXIST",
             operations=entries,
-            anomalies=row["gone"],
+            anomalies=outcome["gone"],
         )
     possible = pd.DataFrame({"possible": [libbpf.possible_cpus()]})
     return {"counts": triad.table(), "fill": fill, "touch": pd.DataFrame(touched), "cpus": possible}
