@@ -38,7 +38,7 @@ install_environment() {
         "$python" -m venv --clear "$venv"
     fi
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input \
-        --editable "$LAB_ROOT[test,go]"
+        --editable "${LAB_ROOT}[test,go]"
 }
 
 mkdir -p "$LAB_STATE"

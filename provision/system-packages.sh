@@ -49,7 +49,8 @@ if ((${#missing[@]} == 0)) && [[ $need_headers == no ]]; then
     exit 0
 fi
 
-wanted="${missing[*]}$([[ $need_headers == yes ]] && echo ' kernel-headers' || true)"
+wanted=${missing[*]}
+if [[ $need_headers == yes ]]; then wanted="${wanted:+$wanted }and kernel headers"; fi
 if ! can_be_root; then
     say "Debian packages are missing ($wanted), with neither root nor sudo to install them: what needs" \
         "them falls back on recorded runs."
