@@ -108,18 +108,22 @@ def probe(name: str) -> Feature:
     for needed in trial.needs:
         if not (other := probe(needed)).works:
             return Feature(name, False, f"not tried without {needed}", other.remedy)
+    remedy = trial.remedy
     try:
         with Child(trial.run) as child:
             return Feature(name, True, str(child.result(trial.limit_s)), "")
+    except Unavailable as error:  # it knows better what to do than the trial
+        answer, colon, better = str(error).removesuffix(".").rpartition(": ")
+        answer, remedy = (answer, better) if colon else (better, remedy)
     except TimedOut:
         answer = f"no answer within {trial.limit_s:g} s"
     except OSError as error:
         answer = str(error.args[-1] if error.args else error)
     except LabError as error:
-        answer = str(error)
+        answer = str(error).removesuffix(".")
     except Exception as error:  # whatever a strange machine comes up with is its answer
         answer = f"{type(error).__name__}: {error}"
-    return Feature(name, False, answer, trial.remedy)
+    return Feature(name, False, answer, remedy)
 
 
 def features() -> list[Feature]:
