@@ -22,6 +22,7 @@ packages=(
     python3-venv       # the Python environment
     iproute2           # veth pairs and network namespaces
     redis-tools        # a real Redis: its redis-check-rdb is the server too, and no service comes along
+    git                # the code's version, in every run's provenance
     util-linux mount   # unshare and mount, for enter.sh
 )
 
