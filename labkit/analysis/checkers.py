@@ -145,7 +145,9 @@ def t_visibility(history: History, edges_ns: ArrayLike) -> pd.DataFrame:
 def first_seen(history: History, follower: int) -> Unsigned:
     """When a follower first had returned each change or a newer one of the same key.
 
-    ``first_seen - intended_ns`` is the latency of a change in an open loop. O(n log n).
+    ``first_seen - intended_ns`` is the latency of a change in an open loop. Absence names no
+    version, so it shows no change; a follower that is told of a delete has that delete's version
+    in its row. O(n log n).
 
     Parameters
     ----------
@@ -161,13 +163,14 @@ def first_seen(history: History, follower: int) -> Unsigned:
         and for changes never seen.
     """
     seen = np.zeros(len(history), np.uint64)
-    reads = np.flatnonzero(placeable(history) & (history["actor"] == follower))
+    reads = np.flatnonzero(
+        placeable(history) & (history["actor"] == follower) & (history["version"] > 0)
+    )
     changes = np.flatnonzero(applied(history))
     if reads.size == 0 or changes.size == 0:
         return seen
-    at = _positions(history)[reads]
-    order = np.lexsort((at, history["key"][reads]))
-    key, at, end = history["key"][reads][order], at[order], history["end_ns"][reads][order]
+    order = reads[np.lexsort((history["version"][reads], history["key"][reads]))]
+    key, at, end = history["key"][order], history["version"][order], history["end_ns"][order]
     earliest = _earliest_from(key, end)
     wanted = history["key"][changes]
     index = _search(key, at, wanted, history["version"][changes] - np.uint64(1))
@@ -224,15 +227,15 @@ def truncated(history: History, value_size: ArrayLike) -> Mask:
 
 
 def unwritten(history: History) -> Mask:
-    """Mark reads of a version that no write to their key had begun to write by the read's end.
+    """Mark reads of a version that no change of their key had begun to make by the read's end.
 
     A value from nowhere: foreign bytes, another key's value, or a clock that is wrong. Safety of a
     register (Lamport 1986) in the form of Jepsen's "phantom". O(n log n).
     """
     mask = np.zeros(len(history), np.bool_)
     reads = np.flatnonzero(placeable(history) & (history["version"] > 0))
-    writes = np.flatnonzero((history["op"] == Op.WRITE) & applied(history))
-    order = writes[np.lexsort((history["version"][writes], history["key"][writes]))]
+    changes = np.flatnonzero(applied(history))
+    order = changes[np.lexsort((history["version"][changes], history["key"][changes]))]
     key, version = history["key"][reads], history["version"][reads]
     index = _search(history["key"][order], history["version"][order], key, version) - 1
     found = index >= 0
@@ -249,9 +252,10 @@ def unwritten(history: History) -> Mask:
 def non_monotonic(history: History) -> Mask:
     """Mark reads by which a reader goes back: at an older version than it was at before.
 
-    Per actor and key, in the order of start; an actor does one thing at a time. "Monotonic reads"
-    of Terry et al. ("Session Guarantees for Weakly Consistent Replicated Data", 1994).
-    O(n log n).
+    Per actor and key, in the order of start; an actor does one thing at a time. A reader that
+    found the key absent is taken to be at the first delete not older than where it was, and went
+    back only if no such delete had begun by the read's end. "Monotonic reads" of Terry et al.
+    ("Session Guarantees for Weakly Consistent Replicated Data", 1994). O(n log n).
     """
     mask = np.zeros(len(history), np.bool_)
     reads = np.flatnonzero(placeable(history))
@@ -262,9 +266,16 @@ def non_monotonic(history: History) -> Mask:
     key, actor = history["key"][order], history["actor"][order]
     changed = (key[1:] != key[:-1]) | (actor[1:] != actor[:-1])
     group = np.concatenate([[0], np.cumsum(changed)])
-    _, at = np.unique(_positions(history)[order], return_inverse=True)
-    best = _running_max(group, at)
-    mask[order[1:]] = ~changed & (at[1:] < best[:-1])
+    latest = _positions(history)[order]
+    at = history["version"][order]
+    seen, rank = np.unique(at, return_inverse=True)
+    value = seen[_running_max(group, rank)]  # newest value so far
+    absent = np.flatnonzero((at == 0) & (value > 0))
+    following = _next_delete(history, key[absent], value[absent])
+    at[absent] = np.where(following <= latest[absent], following, 0)
+    places, rank = np.unique(at, return_inverse=True)
+    best = places[_running_max(group, rank)]
+    mask[order[1:]] = ~changed & (latest[1:] < best[:-1])
     return mask
 
 
@@ -605,6 +616,19 @@ def _newest(
     found[found] = key[index[found]] == keys[found]
     answer = np.zeros(keys.size, np.uint64)
     answer[found] = newest[index[found]]
+    return answer
+
+
+def _next_delete(history: History, keys: Unsigned, versions: Unsigned) -> Unsigned:
+    """Smallest version of a delete of the key not below the given one; 2**64 - 1 without one."""
+    rows = np.flatnonzero((history["op"] == Op.DELETE) & applied(history))
+    order = rows[np.lexsort((history["version"][rows], history["key"][rows]))]
+    key = history["key"][order]
+    index = _search(key, history["version"][order], keys, versions - np.uint64(1))
+    found = index < key.size
+    found[found] = key[index[found]] == keys[found]
+    answer = np.full(keys.size, np.iinfo(np.uint64).max, np.uint64)
+    answer[found] = history["version"][order][index[found]]
     return answer
 
 

@@ -7,7 +7,8 @@ checker therefore calls anomalous only what no choice of moments explains.
 Versions belong to a key. Every write and every delete of a key has a version of its own, larger
 than those before it in the key's order (one writer per key numbers them; several writers must
 agree on the order first). A read has the version of the value that it saw, or 0 where the key was
-absent: ``version`` 0 with ``outcome`` 0 or ``-ENOENT``.
+absent: ``version`` 0 with ``outcome`` 0 or ``-ENOENT``. A follower that is told of changes has a
+read for each, with the version of the change, deletes included.
 
 A write whose writer died before the kernel answered has ``end_ns`` `PENDING`: it may have been
 applied and may show in any later read, but nobody may rely on it.
@@ -45,7 +46,8 @@ nanoseconds; outcome: 0 or -errno; intact: the value is of one version throughou
 length: bytes of the value that were valid."""
 
 PENDING: Final = 2**64 - 1
-"""``end_ns`` of a write that was begun and never answered."""
+"""``end_ns`` of a write that was begun and never answered; in a column beside other numbers, name
+the dtype (``np.array(..., np.uint64)``), since NumPy makes floats of such a list."""
 
 History = NDArray[np.void]
 Mask = NDArray[np.bool_]
