@@ -51,6 +51,7 @@ if ((EUID == 0)); then
 fi
 
 # By sudo: what root wrote into the checkout goes back to the user, whatever COMMAND's end.
+trap : INT TERM
 status=0
 sudo --preserve-env env "PATH=$PATH" "$here" "$@" || status=$?
 for folder in .lab runs reports .pytest_cache .mypy_cache .ruff_cache .hypothesis; do
