@@ -11,7 +11,7 @@ import io
 import json
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -35,6 +35,7 @@ KEY_FIGURE = "labkit_key_figure"
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 _BETWEEN_UPDATES_S = 0.25  # progress lines: enough to read, too few to flood a front end
+_GOOD, _BAD, _ASIDE = "#009E73", "#D55E00", "#CC79A7"  # Okabe and Ito; a word says the same
 
 
 @dataclass
@@ -151,7 +152,6 @@ class Investigation:
             There is no such experiment.
         """
         subject = find(experiment)
-        _show(f"<p><b>Question.</b> {escape(subject.question)}</p>", subject.question)
         progress = _Progress(experiment)
         try:
             run = worker.measure(
@@ -179,7 +179,9 @@ class Investigation:
             if run.recorded
             else f"Measured in {_seconds(run)} on kernel {run.kernel}, saved as {_place(run)}."
         )
-        progress.end(_banner(line) if run.recorded else f"<p>{escape(line)}</p>", line)
+        question = f"<p><b>{escape(subject.question)}</b></p>"
+        html = _banner(line) if run.recorded else f"<p>{escape(line)}</p>"
+        progress.end(question + html, f"{subject.question}\n{line}")
         _show(_counts_html(run), run.counts.to_string(index=False))
         self._pending[experiment] = lacks
         return run
@@ -275,9 +277,19 @@ class Investigation:
         from labkit.kernel import probe
 
         table = probe.table()
-        table["works"] = table["works"].map({True: "yes", False: "no"})
-        table = table.drop(columns="essential")
-        _show(table.to_html(index=False, border=0), table.to_string(index=False))
+        rows = "".join(
+            f"<tr><td>{escape(feature)}</td><td style='color:{_GOOD if works else _BAD}'>"
+            f"<b>{'yes' if works else 'no'}</b></td><td>{escape(answer)}"
+            f"{f'<br>&rarr; {escape(remedy)}' if remedy else ''}</td></tr>"
+            for feature, works, answer, remedy in zip(
+                table["feature"], table["works"], table["answer"], table["remedy"], strict=True
+            )
+        )
+        head = "<tr><th>feature</th><th>works</th><th>answer, and what to do</th></tr>"
+        _show(
+            f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>",
+            table.to_string(index=False),
+        )
 
     def assert_findings(self) -> None:
         """Demand that every finding of this notebook holds.
@@ -346,7 +358,7 @@ class Investigation:
             detail = f"<details><summary>Where</summary><pre>{trace}</pre></details>"
         outcome = Outcome(subject.id, subject.number, subject.question, "error", sentence)
         html = (
-            "<div style='border-left:4px solid #D55E00;padding-left:0.8em'><p>"
+            f"<div style='border-left:4px solid {_BAD};padding-left:0.8em'><p>"
             f"<b>{escape(subject.id)} came to no finding.</b> {escape(sentence)}</p>{detail}</div>"
         )
         self._remember(outcome, html, f"{subject.id} came to no finding: {sentence}")
@@ -408,23 +420,31 @@ def _picture(run: Run) -> bytes:
 
 
 def _counts_html(run: Run) -> str:
-    columns: dict[str, Callable[[Any], str]] = {
-        "variant": str,
-        "case": str,
-        "operations": "{:,}".format,
-        "anomalies": "{:,}".format,
-        "anomaly": str,
-        "cost_ns": lambda ns: "" if pd.isna(ns) else f"{ns:,.3g}" if ns < 1e3 else f"{ns:,.0f}",
-    }
-    titles = ("variant", "case", "operations", "of them bad", "what", "ns per operation")
-    head = "".join(f"<th>{title}</th>" for title in titles)
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td>{escape(form(row[name]))}</td>" for name, form in columns.items())
-        + "</tr>"
-        for _, row in run.counts.iterrows()
-    )
-    return f"<table class='counts'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    words = run.counts["anomaly"].unique()
+    # One word for all rows heads the column; several stand beside their numbers.
+    titles = ["variant", "case", "operations", words[0] if len(words) == 1 else "anomalies",
+              "ns per operation"]  # fmt: skip
+    body = ""
+    for _, row in run.counts.iterrows():
+        cost = row["cost_ns"]
+        body += _row(
+            "td",
+            row["variant"],
+            row["case"],
+            f"{row['operations']:,}",
+            f"{row['anomalies']:,}" + ("" if len(words) == 1 else f" {row['anomaly']}"),
+            "" if pd.isna(cost) else f"{cost:,.3g}" if cost < 1e3 else f"{cost:,.0f}",
+        )
+    return f"<table><thead>{_row('th', *titles)}</thead><tbody>{body}</tbody></table>"
+
+
+def _row(tag: str, *cells: str) -> str:
+    """A row of the counts table: words to the left, numbers to the right."""
+    sides = ["left", "left", "right", "right", "right"]
+    return "".join(
+        f"<{tag} style='text-align:{side}'>{escape(cell)}</{tag}>"
+        for side, cell in zip(sides, cells, strict=True)
+    ).join(("<tr>", "</tr>"))
 
 
 def _finding_html(finding: Finding, run: Run) -> str:
@@ -436,7 +456,7 @@ def _finding_html(finding: Finding, run: Run) -> str:
 
 def _banner(words: str) -> str:
     return (
-        "<p class='recorded' style='border:1px dashed #CC79A7;padding:0.3em 0.8em'>"
+        f"<p class='recorded' style='border:1px dashed {_ASIDE};padding:0.3em 0.8em'>"
         f"{escape(words)}</p>"
     )
 

@@ -176,6 +176,7 @@ def _execute(
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
 
     page, begun = _Page(file.stem), time.monotonic()
 
@@ -198,6 +199,7 @@ def _execute(
                 iopub_timeout=60,  # a flood of output is late, not lost
                 shutdown_kernel="immediate",
                 on_cell_start=tell,
+                config=Config(KernelManager={"transport": "ipc"}),  # no port is opened
             )
     except PapermillExecutionError as error:
         page.problem = (
@@ -225,7 +227,8 @@ def _kernel_environment() -> Iterator[None]:
     """Give a notebook's kernel this interpreter, no user's settings, and no noise."""
     logger = logging.getLogger("papermill")
     level, before = logger.level, dict(os.environ)
-    with tempfile.TemporaryDirectory(prefix="labkit-jupyter-") as folder:
+    # The kernel's sockets live there, and their paths must be short.
+    with tempfile.TemporaryDirectory(prefix="labkit-", dir="/tmp") as folder:
         os.environ.update(
             JUPYTER_PREFER_ENV_PATH="1",
             JUPYTER_RUNTIME_DIR=folder,
@@ -445,7 +448,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
   padding: 1rem; max-width: 56rem; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
 a { color: #0072B2; } .anchor-link { display: none; }
-img { max-width: 100%; height: auto; }
+img { max-width: min(100%, 34rem); height: auto; }
 pre { overflow-x: auto; font-size: 0.82rem; }
 .jp-InputArea .highlight, .highlight { background: #f5f5f2; }
 .highlight pre { padding: 0.5rem 0.8rem; margin: 0.4rem 0; }
@@ -453,14 +456,14 @@ pre { overflow-x: auto; font-size: 0.82rem; }
 table { border-collapse: collapse; font-size: 0.85rem; margin: 0.5rem 0; }
 th, td { text-align: left; padding: 0.15rem 0.7rem 0.15rem 0; vertical-align: top;
   border-bottom: 1px solid #ddd; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td { font-variant-numeric: tabular-nums; }
 .badge { font-weight: 700; padding: 0 0.45em; border: 2px solid; border-radius: 0.3em;
   white-space: nowrap; font-size: 0.85em; }
 .good { color: #00664a; } .bad { color: #b04a00; } .aside { color: #8a3d6b; }
-.good.live { border-style: solid; } .aside { border-style: dashed; }
+.aside { border-style: dashed; }
 .small { font-size: 0.85rem; color: #555; }
 .notebook { border-top: 3px solid #ddd; margin-top: 2rem; }
-.notebook img { display: block; margin: 0.5rem 0; max-width: min(100%, 32rem); }
+.notebook img { display: block; margin: 0.5rem 0; max-width: min(100%, 28rem); }
 ul.findings { list-style: none; padding: 0; } ul.findings li { margin: 0.7rem 0; }
 .problem { border-left: 4px solid #D55E00; padding-left: 0.8rem; }
 .problem pre { white-space: pre-wrap; }
