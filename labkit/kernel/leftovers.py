@@ -166,10 +166,21 @@ def temporary_folder() -> Iterator[Path]:
     ------
     pathlib.Path
         An empty folder that only this user can read.
+
+    Raises
+    ------
+    Unavailable
+        The disk is full, or cannot be written.
     """
     path = Path(tempfile.gettempdir()).resolve() / _fresh_name()
     with _registered("folder", str(path)):
-        path.mkdir(mode=0o700)
+        try:
+            path.mkdir(mode=0o700)
+        except OSError as error:
+            raise Unavailable(
+                f"No temporary folder can be made ({error.strerror}): free some space, or name "
+                "another place in TMPDIR."
+            ) from error
         yield path
 
 
@@ -223,7 +234,7 @@ def clean(say: Callable[[str], None], runs: Iterable[Path] = ()) -> int:
         if _started(pid) == started:
             say(f"Process {pid} is alive and keeps {_count(things)}.")
             continue
-        left = _settle(path, time.monotonic() + _AT_ONCE_S)
+        left = _settle(path, pid, started, things, time.monotonic() + _AT_ONCE_S)
         for thing in things:
             if thing in left:
                 say(f"Could not remove the {_spoken(thing)} of process {pid}: try again.")
@@ -253,7 +264,7 @@ def _remove_unfinished(folder: Path, say: Callable[[str], None]) -> int:
             if not (match := _UNFINISHED.fullmatch(name)):
                 continue
             names.remove(name)
-            if _started(int(match[2])) is not None:
+            if _alive(int(match[2])):
                 continue
             shutil.rmtree(Path(parent) / name, ignore_errors=True)
             if not (Path(parent) / name).exists():
@@ -328,8 +339,6 @@ def _end_process(pid: int, started: int) -> bool:
         return True
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    with contextlib.suppress(ChildProcessError):  # ours alone to collect, if it is our child
-        os.waitpid(pid, os.WNOHANG)
     return _started(pid) != started
 
 
@@ -382,6 +391,17 @@ def _started(pid: int) -> int | None:
     return None if state in "ZX" else int(fields[18])
 
 
+def _alive(pid: int) -> bool:
+    """Whether a process has this id, on any system; one that has just died may count."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _boot() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
@@ -416,9 +436,10 @@ def _write_ledger(path: Path, pid: int, started: int, things: Iterable[_Thing]) 
     raise Unavailable("The ledger of leftovers cannot be written: another process removes it.")
 
 
-def _settle(path: Path, deadline: float) -> list[_Thing]:
+def _settle(
+    path: Path, pid: int, started: int, things: list[_Thing], deadline: float
+) -> list[_Thing]:
     """Remove what a dead owner's ledger names, then the ledger; what resists stays in it."""
-    pid, started, things = _read_ledger(path)
     left = _remove_all(things, deadline)
     if left:
         _write_ledger(path, pid, started, left)
@@ -446,10 +467,18 @@ class _Owner:
 
     def enter(self, thing: _Thing) -> None:
         with self._lock:
+            try:
+                _write_ledger(self._path, self._pid, self._started, [*self._things, thing])
+                if self._guardian is None:
+                    self._guardian = _start_guardian(self._path)
+            except OSError as error:
+                if not self._things:
+                    self._path.unlink(missing_ok=True)
+                raise Unavailable(
+                    f"What must be removed later cannot be noted down ({error.strerror}): free "
+                    "some space, on Linux 5.3 or later."
+                ) from error
             self._things.append(thing)
-            _write_ledger(self._path, self._pid, self._started, self._things)
-            if self._guardian is None:
-                self._guardian = _start_guardian(self._path)
 
     def settle(self, thing: _Thing) -> None:
         # What resists, because somebody uses it still, is left to the guardian.
@@ -531,8 +560,8 @@ def _guard(ledger: Path, owner: int) -> None:
     poll = select.poll()
     poll.register(owner, select.POLLIN)
     poll.poll()
-    if ledger.exists():
-        _settle(ledger, time.monotonic() + _GUARDIAN_S)
+    if ledger.exists():  # else the owner has removed everything itself
+        _settle(ledger, *_read_ledger(ledger), time.monotonic() + _GUARDIAN_S)
 
 
 if __name__ == "__main__":
