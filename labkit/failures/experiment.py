@@ -18,7 +18,7 @@ import pandas as pd
 from labkit.analysis.runs import PROFILES, Run
 from labkit.errors import BadInput
 from labkit.kernel import probe
-from labkit.kernel.provenance import provenance
+from labkit.kernel.provenance import provenance, usage, usage_since
 
 FAMILIES = {
     "kernel-facts": "How a map lives, and what reaches the kernel",
@@ -113,9 +113,10 @@ class Experiment:
         """
         parameters = self.parameters(profile, changed)
         probe.require(*self.needs)
-        facts, begun = provenance(), time.monotonic()
+        facts, before, begun = provenance(), usage(), time.monotonic()
         tables = self.measure(**parameters)
         facts["duration_s"] = round(time.monotonic() - begun, 3)
+        facts["meanwhile"] = usage_since(before)
         return Run(self.id, profile, parameters, facts, tables)
 
 
