@@ -39,7 +39,25 @@ class ElfObject:
     def map(
         self, name: str, *, key: npt.DTypeLike | None = None, value: npt.DTypeLike | None = None
     ) -> Map:
-        """A map of the source, or ``".rodata"`` or ``".data"``; closed with the object."""
+        """Open a map of the source, or its data section as a map; it is closed with the object.
+
+        Parameters
+        ----------
+        name : str
+            As in the source, or ``".rodata"`` or ``".data"``.
+        key, value : dtype, optional
+            Layout where the map carries none of its own.
+
+        Returns
+        -------
+        Map
+            Open until the object is closed.
+
+        Raises
+        ------
+        BadInput
+            There is no such map.
+        """
         found = libbpf.library().bpf_object__find_map_by_name(self._pointer, name.encode())
         if not found:
             raise BadInput(f"bpf/{self.name}.bpf.c has no map {name!r}.")

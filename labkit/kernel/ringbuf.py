@@ -406,7 +406,13 @@ class RingReader:
         out: npt.NDArray[Any] | None = None,
         limit: int | None = None,
     ) -> npt.NDArray[Any]:
-        """`wait`, then `read`: an empty batch once the timeout passed."""
+        """`wait` for ``timeout_s`` seconds at most, then `read` with ``out`` and ``limit``.
+
+        Returns
+        -------
+        numpy.ndarray
+            Empty where the timeout passed without an event.
+        """
         self.wait(timeout_s)
         return self.read(out, limit)
 
