@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
 
-from labkit.kernel import libbpf, objects
+from labkit.kernel import libbpf, objects, tools, trials
 from labkit.kernel.libbpf import MapKind, ProgramKind
 from labkit.kernel.objects import Objects, difference, family, snapshot
 from labkit.kernel.parallel import Child
@@ -184,3 +184,23 @@ def test_tables_have_a_row_per_object_and_the_documented_columns(closing: ExitSt
     assert {"id", "kind", "program_id", "target", "processes"} <= set(
         objects.links_table(found).columns
     )
+
+
+def test_a_program_on_a_perf_event_is_attached_without_a_link(
+    closing: ExitStack, require_feature: Callable[[str], None]
+) -> None:
+    require_feature("tracepoint")
+    event = tools.tracefs_folder() / "events" / "syscalls" / "sys_enter_getppid" / "id"
+    before = snapshot()
+    program = libbpf.prog_load(ProgramKind.TRACEPOINT, RETURN_ZERO, name="labkit_perf")
+    program_id = libbpf.prog_info(program).id
+    perf = trials._perf_event(2, int(event.read_text()))
+    closing.callback(libbpf.close, perf)
+    trials._run_on(perf, program)
+    libbpf.close(program)
+    found = ours(before)
+    (attachment,) = found.perf_attachments
+    assert (attachment.pid, attachment.program_id) == (os.getpid(), program_id)
+    assert (attachment.kind, attachment.target) == ("tracepoint", "sys_enter_getppid")
+    (attached,) = objects.programs_table(found)["attached"]
+    assert attached == ("tracepoint sys_enter_getppid",)
