@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullLocator, PercentFormatter
 
 from labkit.analysis import style
 from labkit.analysis.figures import draws
@@ -78,6 +78,9 @@ def _missed(ax: Axes, run: Run) -> None:
     gap = float(str(run.parameters["gap_ms"]))
     ax.axvline(gap, color=style.GREY, lw=0.8, ls=":")
     ax.annotate("mean gap", (gap, 0.9), xytext=(2, 0), textcoords="offset points", fontsize=6)
+    polled = follows[follows["variant"] == "broken"]["period_ms"]
+    ax.set_xticks(polled, [f"{period:g}" for period in polled])
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("poll interval T (ms)")
     ax.set_ylabel("changes never seen")
-    ax.legend(loc="center left")
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 0.08))
