@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -130,6 +130,20 @@ class Run:
     def kernel(self) -> str:
         """Release of the kernel that it was measured on."""
         return str(self.provenance["kernel"])
+
+    @property
+    def cpus(self) -> int:
+        """CPUs of the machine that it was measured on; 0 where the provenance does not say."""
+        return int(self._fact("cpu", "count") or 0)
+
+    @property
+    def emulated(self) -> bool:
+        """Whether that machine was emulated, so that its times compare with nothing outside it."""
+        return bool(self._fact("virtual", "emulated"))
+
+    def _fact(self, group: str, name: str) -> Any:
+        facts = self.provenance.get(group)
+        return facts.get(name) if isinstance(facts, dict) else None
 
     def table(self, name: str) -> pd.DataFrame:
         """Return one table; BadRun where the run has none of that name."""

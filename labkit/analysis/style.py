@@ -128,8 +128,7 @@ def sign(figure: Figure, run: Run) -> None:
     """Write under a figure where its data come from, and above it what limits them.
 
     The line under it has experiment, profile, kernel, CPUs and date. A mark above it is set for a
-    recorded run, and for a run in an emulated machine (``emulated`` true in the provenance), whose
-    times compare with nothing outside it.
+    recorded run, and for a run in an emulated machine, whose times compare with nothing outside it.
 
     Parameters
     ----------
@@ -139,13 +138,13 @@ def sign(figure: Figure, run: Run) -> None:
         Whose data it shows.
     """
     facts = [run.experiment, f"{run.profile} profile", f"kernel {run.kernel}"]
-    if cpus := run.provenance.get("cpus"):
-        facts.append(f"{cpus} CPUs")
+    if run.cpus:
+        facts.append(f"{run.cpus} CPUs")
     facts.append(str(run.provenance["recorded_at"])[:10])
     marks = []
     if run.recorded:
         marks.append(f"recorded on {run.kernel}")
-    if run.provenance.get("emulated"):
+    if run.emulated:
         marks.append("emulated machine: times compare within it only")
     strip = (_NOTE_SIZE + 4) / 72 / figure.get_figheight()
     if isinstance(engine := figure.get_layout_engine(), ConstrainedLayoutEngine):
