@@ -6,6 +6,10 @@ from __future__ import annotations
 class LabError(Exception):
     """Base of everything that the lab reports to its user without a traceback."""
 
+    def _render_traceback_(self) -> list[str]:
+        # IPython shows this in place of a traceback.
+        return [f"{type(self).__name__}: {self}"]
+
 
 class BadInput(LabError, ValueError):
     """An argument was refused before anything touched the kernel."""

@@ -8,10 +8,9 @@ fails, does not stop the notebook: it is shown, remembered, and named by
 from __future__ import annotations
 
 import io
-import json
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -129,6 +128,7 @@ class Investigation:
         self.time_limit_s = time_limit_s
         self._outcomes: dict[str, Outcome] = {}
         self._pending: dict[str, str] = {}  # measured, not concluded: what the kernel lacks
+        self._parameters: dict[str, object] = {}  # of each experiment, as it was run
 
     def measure(self, experiment: str) -> Run | None:
         """Run an experiment in a worker process, and load what it saved.
@@ -184,6 +184,7 @@ class Investigation:
         progress.end(question + html, f"{subject.question}\n{line}")
         _show(_counts_html(run), run.counts.to_string(index=False))
         self._pending[experiment] = lacks
+        self._parameters[experiment] = run.parameters
         return run
 
     def show(self, run: Run | None, table: str) -> None:
@@ -205,7 +206,9 @@ class Investigation:
             return
         rest = f"<p>{len(rows) - 20} more rows are in the run.</p>" if len(rows) > 20 else ""
         head = rows.head(20)
-        _show(head.to_html(index=False, border=0) + rest, head.to_string(index=False))
+        with pd.option_context("display.max_colwidth", None):
+            html = head.to_html(index=False, border=0)
+        _show(html + rest, head.to_string(index=False))
 
     def draw(self, run: Run | None, *, key: bool = False) -> None:
         """Draw the experiment's figure from the run, as a static picture.
@@ -324,11 +327,14 @@ class Investigation:
         facts = {
             **provenance(),
             "profile": self.profile,
-            "changed parameters": self.changes or "none",
             "runs folder": _shown(self.runs_folder),
+            **{f"parameters of {id}": used for id, used in self._parameters.items()},
         }
-        table = pd.DataFrame({"fact": facts.keys(), "value": [_plain(v) for v in facts.values()]})
-        _show(table.to_html(index=False, border=0), table.to_string(index=False))
+        rows = [(name.replace("_", " "), _plain(value)) for name, value in facts.items()]
+        _show(
+            _table(("fact", "value"), rows, words=2),
+            "\n".join(f"{name}: {value}" for name, value in rows),
+        )
 
     def _recorded(self, subject: Experiment, progress: _Progress, lacks: str) -> Run | None:
         """The recorded run of the newest kernel, of this profile if there is one."""
@@ -422,29 +428,38 @@ def _picture(run: Run) -> bytes:
 def _counts_html(run: Run) -> str:
     words = run.counts["anomaly"].unique()
     # One word for all rows heads the column; several stand beside their numbers.
-    titles = ["variant", "case", "operations", words[0] if len(words) == 1 else "anomalies",
-              "ns per operation"]  # fmt: skip
-    body = ""
-    for _, row in run.counts.iterrows():
-        cost = row["cost_ns"]
-        body += _row(
-            "td",
+    bad = words[0] if len(words) == 1 else "anomalies"
+    rows = [
+        (
             row["variant"],
             row["case"],
             f"{row['operations']:,}",
             f"{row['anomalies']:,}" + ("" if len(words) == 1 else f" {row['anomaly']}"),
-            "" if pd.isna(cost) else f"{cost:,.3g}" if cost < 1e3 else f"{cost:,.0f}",
+            _cost(row["cost_ns"]),
         )
-    return f"<table><thead>{_row('th', *titles)}</thead><tbody>{body}</tbody></table>"
+        for _, row in run.counts.iterrows()
+    ]
+    return _table(("variant", "case", "operations", bad, "ns per operation"), rows, words=2)
 
 
-def _row(tag: str, *cells: str) -> str:
-    """A row of the counts table: words to the left, numbers to the right."""
-    sides = ["left", "left", "right", "right", "right"]
-    return "".join(
-        f"<{tag} style='text-align:{side}'>{escape(cell)}</{tag}>"
-        for side, cell in zip(sides, cells, strict=True)
-    ).join(("<tr>", "</tr>"))
+def _cost(nanoseconds: float) -> str:
+    if pd.isna(nanoseconds):
+        return ""
+    return f"{nanoseconds:,.3g}" if nanoseconds < 1e3 else f"{nanoseconds:,.0f}"
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, words: int) -> str:
+    """A table whose first columns hold words, to the left, and the others numbers."""
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        sides = ["left"] * words + ["right"] * (len(titles) - words)
+        return "".join(
+            f"<{tag} style='text-align:{side}'>{escape(cell)}</{tag}>"
+            for side, cell in zip(sides, cells, strict=True)
+        ).join(("<tr>", "</tr>"))
+
+    body = "".join(line("td", row) for row in rows)
+    return f"<table><thead>{line('th', titles)}</thead><tbody>{body}</tbody></table>"
 
 
 def _finding_html(finding: Finding, run: Run) -> str:
@@ -482,4 +497,11 @@ def _number(count: int, noun: str) -> str:
 
 
 def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    """A JSON value as words: nested names and values follow each other."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    if value is None or isinstance(value, bool):
+        return {True: "yes", False: "no", None: "unknown"}[value]
+    return str(value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 STATE = os.environ.get("LABKIT_KERNEL_TESTS", "")
 KERNEL_TESTS = Path(__file__).parent / "kernel"
+TOYS = Path(__file__).parent / "toys"
 LACKS = "this kernel lacks "
 # The kernel frees an object some time after its last holder let go of it.
 FREED_WITHIN_S = 10.0
@@ -47,6 +49,23 @@ def pytest_runtest_makereport(
             report.outcome = "failed"
             report.longrepr = f"LABKIT_KERNEL_TESTS=1, so this skip is a failure: {reason}"
     return report
+
+
+@pytest.fixture
+def toys(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Add the toy experiments to the catalogue, here and in the processes that the test starts."""
+    import labkit.failures
+    from labkit.failures import experiment
+
+    paths = [*labkit.failures.__path__, str(TOYS / "experiments")]
+    monkeypatch.setattr(labkit.failures, "__path__", paths)
+    monkeypatch.setenv("PYTHONPATH", str(TOYS))
+    experiment.catalogue.cache_clear()
+    yield
+    experiment.catalogue.cache_clear()
+    sys.modules.pop("labkit.failures.toys", None)
+    for id in [id for id in experiment._registered if id.startswith("toy-")]:
+        del experiment._registered[id]
 
 
 @pytest.fixture(scope="session")
