@@ -54,7 +54,5 @@ fi
 trap : INT TERM
 status=0
 sudo --preserve-env env "PATH=$PATH" "$here" "$@" || status=$?
-for folder in .lab runs reports .pytest_cache .mypy_cache .ruff_cache .hypothesis; do
-    [[ -e $LAB_ROOT/$folder ]] && sudo chown -R "$(id -u):$(id -g)" "$LAB_ROOT/$folder"
-done
+sudo find "$LAB_ROOT" -xdev -user root -exec chown -h "$(id -u):$(id -g)" {} +
 exit "$status"
