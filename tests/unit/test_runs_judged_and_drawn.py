@@ -103,6 +103,7 @@ def test_recorded_and_emulated_runs_are_marked() -> None:
     provenance = run().provenance | {"virtual": {"machine": "qemu", "emulated": True}}
     figure = figures.draw(run(recorded=True, provenance=provenance))
     assert "recorded on 6.18.44; emulated machine" in words(figure)
+    assert "kernel 6.18.44 · 2 CPUs" in words(figure)
 
 
 def test_rates_show_each_case_and_a_bound_for_none_seen() -> None:
