@@ -158,9 +158,3 @@ def sign(figure: Figure, run: Run) -> None:
             0.995, 0.99, "; ".join(marks), ha="right", va="top", fontsize=_NOTE_SIZE + 0.5,
             color=BLACK, bbox={"facecolor": YELLOW, "edgecolor": BLACK, "lw": 0.4, "pad": 1.2},
         )  # fmt: skip
-
-
-def _fact(run: Run, group: str, name: str) -> object:
-    """One fact of the provenance; None where it was not found out."""
-    facts = run.provenance.get(group)
-    return facts.get(name) if isinstance(facts, dict) else None

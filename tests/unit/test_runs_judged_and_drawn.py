@@ -100,7 +100,8 @@ def test_a_figure_is_signed() -> None:
 
 def test_recorded_and_emulated_runs_are_marked() -> None:
     figures.draws("made-up")(figures.anomaly_rates)
-    provenance = run().provenance | {"virtual": {"machine": "qemu", "emulated": True}}
+    facts = {"virtual": {"machine": "qemu", "emulated": True}, "cpu": {"count": 2}}
+    provenance = run().provenance | facts
     figure = figures.draw(run(recorded=True, provenance=provenance))
     assert "recorded on 6.18.44; emulated machine" in words(figure)
     assert "kernel 6.18.44 · 2 CPUs" in words(figure)
