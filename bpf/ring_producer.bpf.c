@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: GPL-2.0
+// Produces events into any ring buffer, at full speed or on a schedule, and counts them exactly.
+// Who is woken, and when, is the producer's choice: WAKEUP.
+
+#include "ring_event.h"
+
+#define WAKEUP_DEFAULT 0   // the kernel's rule: wake when the reader stands at this very record
+#define WAKEUP_ALWAYS 1    // wake for every record
+#define WAKEUP_EVERY_N 2   // wake for every WAKEUP_AT-th record
+#define WAKEUP_ADAPTIVE 3  // wake once WAKEUP_AT bytes stand unread
+#define WAKEUP_NEVER 4     // the reader looks by its own timer
+
+// The ring is made by others and named by its descriptor: several consumers are compared on one
+// ring, and bpf_ringbuf_query() needs the map itself, which bcc's table methods do not give.
+#define RING ((void *)bpf_pseudo_fd(1, RING_FD))
+
+struct control {
+	u64 produced;     // tried: delivered + dropped
+	u64 dropped;      // no room in the ring
+	u64 discarded;    // reserved, then given back
+	u64 target;       // stop when so many were produced
+	u64 start_ns;     // schedule: the first event
+	u64 interval_ns;  // schedule: distance of two events
+};
+
+BPF_ARRAY(control, struct control, 1);
+
+static u64 wakeup(u64 seq)
+{
+#if WAKEUP == WAKEUP_ALWAYS
+	return BPF_RB_FORCE_WAKEUP;
+#elif WAKEUP == WAKEUP_EVERY_N
+	return seq % WAKEUP_AT == WAKEUP_AT - 1 ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
+#elif WAKEUP == WAKEUP_ADAPTIVE
+	return bpf_ringbuf_query(RING, BPF_RB_AVAIL_DATA) >= WAKEUP_AT ? BPF_RB_FORCE_WAKEUP
+								       : BPF_RB_NO_WAKEUP;
+#elif WAKEUP == WAKEUP_NEVER
+	return BPF_RB_NO_WAKEUP;
+#else
+	return 0;
+#endif
+}
+
+static void emit(struct control *c, u64 intended_ns, u64 committed_ns)
+{
+	u64 seq = c->produced++;
+	struct event *event = bpf_ringbuf_reserve(RING, sizeof(struct event), 0);
+
+	if (!event) {
+		c->dropped++;
+		return;
+	}
+	event->seq = seq;
+	event->intended_ns = intended_ns;
+	event->committed_ns = committed_ns;
+	event->value = seq & 0xff;
+#ifdef DISCARD_EVERY
+	if (seq % DISCARD_EVERY == DISCARD_EVERY - 1) {
+		c->discarded++;
+		bpf_ringbuf_discard(event, BPF_RB_NO_WAKEUP);
+		return;
+	}
+#endif
+	bpf_ringbuf_submit(event, wakeup(seq));
+}
+
+// As fast as it goes, without a clock: BURST events a run, so that the run itself costs little.
+int produce(void *ctx)
+{
+	int zero = 0;
+	struct control *c = control.lookup(&zero);
+
+	if (!c)
+		return 0;
+	for (int i = 0; i < BURST && c->produced < c->target; i++)
+		emit(c, 0, 0);
+	return 0;
+}
+
+// One event each time that the schedule is due. Open loop: an event that comes late, because the
+// producer was kept from its CPU, keeps the time at which it was wanted.
+int produce_on_schedule(void *ctx)
+{
+	u64 now = bpf_ktime_get_ns(), due;
+	int zero = 0;
+	struct control *c = control.lookup(&zero);
+
+	if (!c || c->produced >= c->target)
+		return 0;
+	due = c->start_ns + c->produced * c->interval_ns;
+	if (now >= due)
+		emit(c, due, now);
+	return 0;
+}

@@ -1,0 +1,206 @@
+"""Judges the kernel room's benchmark: every figure, and the bars that some must reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import pandas as pd
+
+from labkit.analysis.findings import Check, Finding, judges
+from labkit.analysis.runs import Run
+
+EXPERIMENT: Final = "bench-kernel"
+
+OURS: Final = "RingReader"
+LIBBPF: Final = "libbpf in C"
+BCC: Final = ("bcc, event(data)", "bcc, ctypes cast")
+"""bcc's callbacks that reach a field; the faster one is the one to beat."""
+
+DRAIN_BCC: Final = 100.0
+DRAIN_LIBBPF: Final = 0.4
+LIVE_EVENTS: Final = 20_000_000
+SNAPSHOT_ITEMS: Final = 20.0
+SNAPSHOT_BATCH: Final = 1.0
+UPDATE_MANY: Final = 6.0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the benchmark.
+
+    Attributes
+    ----------
+    name
+        What was measured.
+    value
+        The median over the repetitions, or the only value.
+    unit
+        Of the value.
+    low, high
+        Least and greatest repetition; NaN for an only value.
+    bar
+        What it is held against, as words; empty where there is none.
+    holds
+        Whether the bar is reached; None where there is none.
+    """
+
+    name: str
+    value: float
+    unit: str
+    low: float = math.nan
+    high: float = math.nan
+    bar: str = ""
+    holds: bool | None = None
+
+    def __str__(self) -> str:
+        spread = "" if math.isnan(self.low) else f" ({_short(self.low)} to {_short(self.high)})"
+        verdict = "no bar" if self.holds is None else f"bar {self.bar}, {_word(self.holds)}"
+        return f"{self.name}: {_short(self.value)} {self.unit}{spread}, {verdict}"
+
+
+def figures(run: Run) -> list[Figure]:
+    """Every figure of a run, in the order in which it was measured.
+
+    Parameters
+    ----------
+    run
+        A run of the benchmark.
+
+    Returns
+    -------
+    list of Figure
+        Ratios are taken within each repetition, and their median is held against the bar.
+    """
+    return [*_drain(run), *_live(run), *_maps(run), *_latency(run)]
+
+
+@judges(EXPERIMENT)
+def bench_kernel(run: Run) -> Finding:
+    """Every bar of the kernel room holds."""
+    every = figures(run)
+    barred = [one for one in every if one.holds is not None]
+    lost = run.count("fixed")
+    against_bcc = barred[0]
+    return Finding(
+        EXPERIMENT,
+        f"A filled ring was drained into NumPy {_short(against_bcc.value)} times as fast as by "
+        f"bcc's callback, and of {lost.operations:,} events at full speed {lost.anomalies:,} "
+        f"were lost, where bcc lost {100 * run.count('broken').rate:.0f} %.",
+        tuple(
+            Check(
+                f"{one.name}, {one.bar}",
+                bool(one.holds),
+                f"{_short(one.value)} {one.unit}",
+            )
+            for one in barred
+        ),
+    )
+
+
+def _drain(run: Run) -> Iterator[Figure]:
+    table = run.table("drain")
+    rate = _per_second(table, "consumer", "events")
+    ours = rate[OURS]
+    bcc = rate[list(BCC)].max(axis=1)
+    yield _at_least("drain against bcc's own callback", ours / bcc, DRAIN_BCC)
+    yield _at_least("drain against libbpf's consumer in C", ours / rate[LIBBPF], DRAIN_LIBBPF)
+    yield _spread("drain against bcc's empty callback", ours / rate["bcc, empty callback"], "times")
+    yield _spread(
+        "drain and add a field, against libbpf in C",
+        rate[f"{OURS}, adding a field"] / rate[LIBBPF],
+        "times",
+    )
+    for name in rate:
+        yield _spread(f"drain, {name}", rate[name] / 1e6, "M events/s")
+
+
+def _live(run: Run) -> Iterator[Figure]:
+    table = run.table("live")
+    for name, rows in table.groupby(table["consumer"].map(str), sort=False):
+        produced, dropped = int(rows["produced"].sum()), int(rows["dropped"].sum())
+        if name == OURS:
+            enough = int(rows["produced"].min()) >= LIVE_EVENTS
+            yield Figure(
+                f"live, {name}, lost of {produced:,}",
+                dropped,
+                "events",
+                bar=f"0 of at least {LIVE_EVENTS:,}",
+                holds=dropped == 0 and enough,
+            )
+        else:
+            share = 100 * rows["dropped"] / rows["produced"]
+            yield _spread(f"live, {name}, lost of {produced:,}", share, "%")
+        speed = 1e3 * rows["produced"] / rows["produce_ns"]
+        yield _spread(f"live, {name}, speed of the producer", speed, "M events/s")
+
+
+def _maps(run: Run) -> Iterator[Figure]:
+    rate = _per_second(run.table("maps"), "way", "entries")
+    snapshot = rate["snapshot"]
+    yield _at_least("snapshot() against bcc's items()", snapshot / rate["items()"], SNAPSHOT_ITEMS)
+    yield _at_least(
+        "snapshot() against bcc's items_lookup_batch()",
+        snapshot / rate["items_lookup_batch()"],
+        SNAPSHOT_BATCH,
+    )
+    yield _at_least(
+        "update_many() against bcc's t[k] = v", rate["update_many"] / rate["t[k] = v"], UPDATE_MANY
+    )
+    for name in rate:
+        yield _spread(f"whole map, {name}", rate[name] / 1e6, "M entries/s")
+
+
+def _latency(run: Run) -> Iterator[Figure]:
+    pooled = run.table("latency_pooled")
+    cells = run.table("latency").groupby(["policy", "rate"], sort=False)
+    for row in pooled.to_dict("records"):
+        where = f"{row['policy']}, {row['rate'] // 1000}k events/s"
+        repetitions = cells.get_group((row["policy"], row["rate"]))
+        dropped = int(repetitions["dropped"].sum())
+        for point, column in (("p50", "p50_ns"), ("p99", "p99_ns"), ("p99.9", "p999_ns")):
+            low = high = math.nan
+            if column in repetitions:
+                low, high = repetitions[column].min() / 1e3, repetitions[column].max() / 1e3
+            yield Figure(
+                f"latency, {where}, {point} of {row['events']:,} ({dropped} lost)",
+                row[column] / 1e3,
+                "us",
+                low,
+                high,
+            )
+
+
+def _per_second(table: pd.DataFrame, by: str, what: str) -> pd.DataFrame:
+    """One row per repetition, one column per way: things per second."""
+    rate = table.assign(rate=1e9 * table[what] / table["ns"])
+    return rate.pivot(index="repetition", columns=by, values="rate")
+
+
+def _spread(name: str, values: pd.Series[float], unit: str) -> Figure:
+    return Figure(name, float(values.median()), unit, float(values.min()), float(values.max()))
+
+
+def _at_least(name: str, ratios: pd.Series[float], bar: float) -> Figure:
+    median = float(ratios.median())
+    return Figure(
+        name,
+        median,
+        "times",
+        float(ratios.min()),
+        float(ratios.max()),
+        f"at least {bar:g}",
+        median >= bar,
+    )
+
+
+def _short(value: float) -> str:
+    if value == 0 or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def _word(holds: bool) -> str:
+    return "holds" if holds else "falls short"
