@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Final
 
 from labkit.errors import LabError
-from labkit.kernel import leftovers, libbpf, tools
+from labkit.kernel import leftovers, libbpf, network, tools
 from labkit.kernel.libbpf import AttachType, MapFlag, MapKind, ProgramKind, UpdateFlag
 from labkit.kernel.parallel import cpus
 from labkit.kernel.pins import PinFolder
 
 _LIMIT_S: Final = 30.0
 _COMPILE_LIMIT_S: Final = 180.0  # an emulated machine takes most of a minute
-_CLONE_NEWNET: Final = 0x40000000
 _HOOKED_FUNCTION: Final = "vfs_read"
 # perf_event_open, which the C library does not wrap.
 _PERF_EVENT_OPEN: Final = {"x86_64": 298, "aarch64": 241, "riscv64": 241}
@@ -490,27 +489,13 @@ def _place_in_file(address: int) -> tuple[str, int]:
     raise Refused("the C library is mapped from no file")
 
 
-def _in_new_network() -> None:
-    """Move this process, a child that is about to end, into a network of its own with a pair."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_CLONE_NEWNET) != 0:
-        libbpf.checked(-ctypes.get_errno(), "making a network namespace")
-    if not (ip := tools.find_tool("ip")):
-        raise Refused("there is no ip command")
-    for words in (
-        "link add labkit0 type veth peer name labkit1",
-        "link set labkit0 up",
-        "link set labkit1 up",
-    ):
-        _first_line([ip, *words.split()])
-
-
 @_trial(
     "netns_veth", "install iproute2 (make setup does), on a kernel that has veth", needs=("bpf",)
 )
 def _netns_veth() -> str:
-    _in_new_network()
-    with _sender("labkit1") as sender, _sender("labkit0") as receiver:
+    network.enter_own_network()
+    near, far = map(network.packet_socket, network.ENDS)
+    with near as sender, far as receiver:
         receiver.settimeout(5.0)
         sender.send(_PACKET)
         for _ in range(100):  # the new interfaces chatter by themselves
@@ -519,20 +504,14 @@ def _netns_veth() -> str:
     raise Refused("a packet sent into the pair never came out")
 
 
-_PACKET: Final = b"\xff" * 6 + b"\x02\0\0\0\0\1" + b"\x88\xb5" + b"labkit".ljust(50, b"\0")
-
-
-def _sender(interface: str) -> socket.socket:
-    raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-    raw.bind((interface, 0))
-    return raw
+_PACKET: Final = network.frame(b"labkit")
 
 
 @_trial("xdp", _OTHER_KERNEL, needs=("bpf", "netns_veth"))
 def _xdp() -> str:
-    _in_new_network()
-    index = socket.if_nametoindex("labkit0")
-    with _Bench() as bench, _sender("labkit1") as sender:
+    network.enter_own_network()
+    index = socket.if_nametoindex(network.ENDS[0])
+    with _Bench() as bench, network.packet_socket(network.ENDS[1]) as sender:
         program = bench.counting_program(ProgramKind.XDP, AttachType.XDP, returned=2)
         link = libbpf.library().bpf_link_create(program, index, int(AttachType.XDP), None)
         bench.own(libbpf.checked(link, "attaching to a veth"))
