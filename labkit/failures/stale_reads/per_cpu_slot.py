@@ -43,7 +43,7 @@ _COUNTS = (
     question="Does a value of a per-CPU map that one CPU wrote reach the others, and survive them?",
     claims=("1.3e", "1.4d"),
     needs=("bpf", "compile", "test_run", "two_cpus", "syscall_program", "percpu"),
-    quick={"versions": 2_000, "additions": 10_000, "rounds": 3},
+    quick={"versions": 500, "additions": 5_000, "rounds": 3},
     full={"versions": 10_000, "additions": 50_000, "rounds": 10},
 )
 def per_cpu_slot(*, versions: int, additions: int, rounds: int) -> Tables:
