@@ -117,12 +117,15 @@ class Investigation:
             isinstance(time_limit_s, int | float) and time_limit_s > 0
         ):
             raise BadInput(f"time_limit_s is a number of seconds above 0, not {time_limit_s!r}.")
-        if not isinstance(changes or {}, Mapping):
+        wanted = {} if changes is None else changes
+        if not isinstance(wanted, Mapping) or not all(
+            isinstance(changed, Mapping) for changed in wanted.values()
+        ):
             raise BadInput(f"changes maps experiment ids to parameters, unlike {changes!r}.")
         self.name = name
         self.profile = profile
         self.runs_folder = _CHECKOUT / runs_folder
-        self.changes = {id: dict(changed) for id, changed in (changes or {}).items()}
+        self.changes = {id: dict(changed) for id, changed in wanted.items()}
         for id, changed in self.changes.items():
             find(id).parameters(profile, changed)
         self.time_limit_s = time_limit_s

@@ -1,0 +1,71 @@
+"""Every recorded run: it loads, its finding holds and can fail, its figure is drawn."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from labkit.analysis import figures, runs
+from labkit.analysis.findings import judge
+from labkit.analysis.runs import RECORDED, VARIANTS, Run
+from labkit.errors import LabError
+from labkit.failures.experiment import catalogue
+
+PATHS = sorted(path.parent for path in RECORDED.glob("*/*/*/run.json"))
+MOST_BYTES = 10 << 20
+
+each_run = pytest.mark.parametrize(
+    "path", PATHS, ids=["-".join(path.parts[-3:]) for path in PATHS] or None
+)
+
+
+def load(path: Path) -> Run:
+    return replace(runs.load(path), recorded=True)
+
+
+@each_run
+def test_it_stands_where_it_says(path: Path) -> None:
+    run = load(path)
+    assert path.parts[-3:] == (run.kernel, run.profile, run.experiment)
+    known = catalogue().get(run.experiment)
+    if known is not None:  # a benchmark is no experiment
+        assert run.parameters == dict(known.profiles[run.profile])
+
+
+@each_run
+def test_its_finding_holds(path: Path) -> None:
+    judge(load(path)).require()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@each_run
+def test_its_finding_fails_on_planted_counts(path: Path, variant: str) -> None:
+    """Where there were anomalies, plant none; where there were none, let everything go wrong."""
+    run = load(path)
+    counts = run.counts.copy()
+    planted = (counts["variant"] == variant) & (counts["operations"] > 0)
+    flipped = np.where(counts["anomalies"] > 0, 0, counts["operations"])
+    counts["anomalies"] = counts["anomalies"].where(~planted, flipped).astype("int64")
+    try:
+        finding = judge(replace(run, tables={**run.tables, "counts": counts}))
+    except LabError:
+        return
+    assert not finding.holds, f"{variant} was turned over, and yet: {finding}"
+
+
+@each_run
+def test_its_figure_is_drawn_and_marked(path: Path) -> None:
+    run = load(path)
+    if run.experiment not in figures.drawn():
+        pytest.skip("it has no axis to draw along")
+    figure = figures.draw(run)
+    figure.savefig(io.BytesIO(), format="png")
+    assert f"recorded on {run.kernel}" in " ".join(text.get_text() for text in figure.texts)
+
+
+def test_all_together_are_small() -> None:
+    assert sum(path.stat().st_size for path in RECORDED.rglob("*") if path.is_file()) < MOST_BYTES

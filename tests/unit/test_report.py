@@ -1,0 +1,190 @@
+"""Reports from toy notebooks: what fails is told, what is written is whole."""
+
+from __future__ import annotations
+
+import fcntl
+import html
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from labkit.errors import BadInput
+from labkit.report import ReportFailed, make_report, sweep
+
+pytestmark = [pytest.mark.usefixtures("toys"), pytest.mark.timeout(180)]
+
+OPEN = """
+from labkit.analysis import findings, figures
+from labkit.analysis.findings import Check, Finding
+from labkit.notebook import Investigation
+@findings.judges("toy-counts")
+def toy_counts(run):
+    lost = run.count("broken").anomalies
+    return Finding(run.experiment, f"{lost} <lost>.", (Check("some lost", lost < 9, str(lost)),))
+figures.draws("toy-counts")(figures.anomaly_rates)
+lab = Investigation("toys", profile=profile, runs_folder=runs_folder, changes=changes)
+"""
+COUNTS = 'run = lab.measure("toy-counts")\nlab.draw(run)\nlab.conclude(run)'
+ASSERT = "lab.assert_findings()"
+
+
+def write_notebook(folder: Path, name: str, *cells: str) -> None:
+    """Write a notebook with the parameters of the real ones."""
+    (folder / "params").mkdir(parents=True, exist_ok=True)
+    (folder / "params" / "quick.yaml").write_text("profile: quick\n")
+    parameters = new_code_cell(
+        f'profile = "full"\nruns_folder = {str(folder / "runs")!r}\nchanges = {{}}'
+    )
+    parameters.metadata["tags"] = ["parameters"]
+    code = [new_code_cell(cell.strip()) for cell in (OPEN, *cells)]
+    notebook = new_notebook(
+        cells=[new_markdown_cell(f"# {name} <title>"), parameters, *code],
+        metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}},
+    )
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+
+
+def plain(page: str) -> str:
+    return re.sub(
+        r"\s+",
+        " ",
+        html.unescape(re.sub(r"<(style|img)[^>]*>(.*?</style>)?|<[^>]+>", " ", page, flags=re.S)),
+    )
+
+
+def test_one_that_fails_stops_no_other(tmp_path: Path) -> None:
+    books, folder = tmp_path / "books", tmp_path / "deep" / "reports"
+    write_notebook(books, "00-good", COUNTS, 'lab.conclude(lab.measure("toy-lacks"))', ASSERT)
+    write_notebook(books, "01-bad", 'changes["toy-counts"] = {"lost": 9}\n' + OPEN, COUNTS, ASSERT)
+    write_notebook(books, "02-broken", "1 / 0", COUNTS)
+    write_notebook(books, "03-dies", "import os; os.kill(os.getpid(), 9)")
+    write_notebook(books, "04-hangs", "import time; time.sleep(600)")
+    write_notebook(books, "05-floods", "for i in range(30000): print(i)", COUNTS, ASSERT)
+    kept: list[str] = []
+    begun = time.monotonic()
+    assert make_report("quick", folder, notebooks=books, time_limit_s=12.0, done=kept.append) == 1
+    assert time.monotonic() - begun < 120
+    states = dict(re.findall(r"^(\d\d-\w+): (\w+)", "\n".join(kept), re.MULTILINE))
+    assert states == {
+        "00-good": "ok", "01-bad": "FAILED", "02-broken": "FAILED", "03-dies": "FAILED",
+        "04-hangs": "FAILED", "05-floods": "ok",
+    }  # fmt: skip
+    index = (folder / "index.html").read_text()
+    words = plain(index)
+    for expected in (
+        "5 experiments: 2 hold on this kernel, 2 fail, 1 could not run here.",
+        "00-good <title> ok", "7 <lost>.", "cannot run here", "lacks toys",
+        "01-bad <title> FAILED", "9 <lost>.", "02-broken <title> FAILED",
+        "ZeroDivisionError: division by zero", "stopped before it came to a finding",
+        "Its kernel process died", "did not end within 12 s",
+    ):  # fmt: skip
+        assert expected in words, expected
+    assert index.count("data:image/png") == 3
+    for name in states:
+        page = (folder / f"{name}.html").read_text()
+        assert nbformat.read(folder / f"{name}.ipynb", as_version=4).cells
+        for loads in re.findall(r"""(?:src|href)=["']?([^"'> ]+)|url\(([^)]+)|@import""", page):
+            assert not any(part.startswith(("http", "//")) for part in loads)
+        assert "<script" not in page and "No description has been provided" not in page
+    assert not list(folder.parent.glob(".*"))
+
+
+def test_a_later_report_replaces_an_earlier_one(tmp_path: Path) -> None:
+    books, folder = tmp_path / "books", tmp_path / "reports"
+    write_notebook(books, "00-first", ASSERT)
+    assert make_report("quick", folder, notebooks=books) == 0
+    (books / "00-first.ipynb").rename(books / "01-second.ipynb")
+    assert make_report("quick", folder, notebooks=books) == 0
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "01-second.html", "01-second.ipynb", "index.html",
+    ]  # fmt: skip
+
+
+def test_two_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    books, folder = tmp_path / "books", tmp_path / "reports"
+    write_notebook(books, "00-good", COUNTS, ASSERT)
+    script = (
+        "import sys; from pathlib import Path; from labkit.report import make_report; "
+        f"sys.exit(make_report('quick', Path({str(folder)!r}), notebooks=Path({str(books)!r})))"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
+    assert [one.wait(120) for one in both] == [0, 0]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "00-good.html", "00-good.ipynb", "index.html",
+    ]  # fmt: skip
+    assert len(list((books / "runs").glob("toy-counts/*/run.json"))) == 2
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_unknown_parameter_is_an_error_before_anything_runs(tmp_path: Path) -> None:
+    write_notebook(tmp_path, "00-good", COUNTS)
+    (tmp_path / "params" / "quick.yaml").write_text("profile: quick\nprofil: full\n")
+    with pytest.raises(BadInput, match="has no parameter 'profil'; it has profile, runs_folder"):
+        make_report("quick", tmp_path / "reports", notebooks=tmp_path)
+    assert not (tmp_path / "reports").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("[1, 2]", "must map names"), ("a: [", "cannot be read"), (None, "cannot be read")],
+)
+def test_unreadable_parameters_are_refused(tmp_path: Path, content: str | None, words: str) -> None:
+    write_notebook(tmp_path, "00-good", COUNTS)
+    file = tmp_path / "params" / "quick.yaml"
+    file.write_text(content) if content is not None else file.unlink()
+    with pytest.raises(BadInput, match=words):
+        make_report("quick", tmp_path / "reports", notebooks=tmp_path)
+
+
+def test_a_wrong_value_is_told_in_a_sentence(tmp_path: Path) -> None:
+    write_notebook(tmp_path, "00-good", COUNTS, ASSERT)
+    given = {"changes": {"toy-counts": {"lost": "many"}}}
+    assert make_report("quick", tmp_path / "reports", notebooks=tmp_path, parameters=given) == 1
+    index = plain((tmp_path / "reports" / "index.html").read_text())
+    assert "BadInput: lost of toy-counts is of type int such as 7, not 'many'." in index
+    page = (tmp_path / "reports" / "00-good.html").read_text()
+    assert "Traceback (most" not in page
+
+
+def test_what_is_no_report_is_not_replaced(tmp_path: Path) -> None:
+    write_notebook(tmp_path / "books", "00-good", COUNTS)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "letter.txt").write_text("dear")
+    with pytest.raises(BadInput, match="no report of this lab"):
+        make_report("quick", mine, notebooks=tmp_path / "books")
+    assert (mine / "letter.txt").read_text() == "dear"
+    with pytest.raises(BadInput, match="There are no notebooks"):
+        make_report("quick", tmp_path / "reports", notebooks=mine)
+    with pytest.raises(BadInput, match="quick or full"):
+        make_report("slow", tmp_path / "reports", notebooks=tmp_path / "books")
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(tmp_path: Path) -> None:
+    write_notebook(tmp_path, "00-good", COUNTS)
+    (tmp_path / "file").touch()
+    said: list[str] = []
+    with pytest.raises(ReportFailed, match="could not be written"):
+        make_report("quick", tmp_path / "file" / "reports", notebooks=tmp_path, say=said.append)
+    assert said == []
+
+
+def test_only_what_dead_reports_left_is_swept(tmp_path: Path) -> None:
+    dead, live = tmp_path / ".partial-reports-1", tmp_path / ".partial-reports-2"
+    other = tmp_path / ".partial-other-3"
+    for folder in (dead, live, other, tmp_path / ".replaced-reports-4"):
+        folder.mkdir()
+    held = os.open(live, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        assert sweep(tmp_path / "reports") == 2
+    finally:
+        os.close(held)
+    assert sorted(tmp_path.iterdir()) == [other, live]
