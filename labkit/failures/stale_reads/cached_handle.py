@@ -76,10 +76,12 @@ def cached_handle(*, recreations: int, writes: int, packets: int) -> Tables:
     """Allow a peer through a handle opened earlier, and count what of its traffic is cut off.
 
     A descriptor refers to the map, not to the path: after ``unlink`` and a new pin at the
-    same path the old map lives on for its last holder, takes every write and answers 0
-    (kernel/bpf/inode.c, ``bpf_fd_map`` in syscall.c). An agent that keeps the handle over a
-    reload of the programs fills a map that no program reads, and the new, empty one denies
-    everybody (aws/aws-network-policy-agent#646, #676).
+    same path the old map lives on for its last holder, takes every write and answers 0 (a
+    pin is one more reference to the map, kernel/bpf/inode.c). An agent that keeps the handle
+    over a reload of the programs fills a map that no program reads, and the new, empty one
+    denies everybody: aws/aws-network-policy-agent#676, cilium/cilium#45196; in
+    aws/aws-network-policy-agent#646 the kept handle had gone bad altogether, and the answer
+    was ignored.
 
     The program is a socket filter that drops what is not allowed; the traffic is real.
 
