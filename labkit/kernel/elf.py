@@ -93,8 +93,15 @@ class ElfObject:
         self.close()
 
 
-def compile(name: str) -> bytes:
+def compile(name: str, **constants: int) -> bytes:
     """Compile ``bpf/<name>.bpf.c`` with clang.
+
+    Parameters
+    ----------
+    name : str
+        Source file without its ending.
+    **constants : int
+        Become ``-D``.
 
     Returns
     -------
@@ -120,7 +127,8 @@ def compile(name: str) -> bytes:
     machine = f"-I/usr/include/{sysconfig.get_config_var('MULTIARCH')}"
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "object")
-        command = [clang, "-target", "bpf", "-g", "-O2", machine, "-c", str(source)]
+        given = [f"-D{constant}={value}" for constant, value in constants.items()]
+        command = [clang, "-target", "bpf", "-g", "-O2", machine, *given, "-c", str(source)]
         try:
             done = subprocess.run(
                 [*command, "-o", str(made)], capture_output=True, text=True, check=False,
@@ -137,7 +145,12 @@ def compile(name: str) -> bytes:
         return made.read_bytes()
 
 
-def load(name: str, body: bytes, initial: Mapping[str, bytes] | None = None) -> ElfObject:
+def load(
+    name: str,
+    body: bytes,
+    initial: Mapping[str, bytes] | None = None,
+    pins: Mapping[str, str] | None = None,
+) -> ElfObject:
     """Load an object file: make its maps, verify its programs, freeze its ``.rodata``.
 
     Parameters
@@ -149,6 +162,8 @@ def load(name: str, body: bytes, initial: Mapping[str, bytes] | None = None) -> 
     initial : mapping, optional
         Whole contents, by name, of ``.rodata`` or ``.data``, in place of what the source
         says. This is the one moment at which ``.rodata`` can be set.
+    pins : mapping, optional
+        Paths by the name of a map: it is taken from there, or made and pinned there.
 
     Returns
     -------
@@ -158,8 +173,8 @@ def load(name: str, body: bytes, initial: Mapping[str, bytes] | None = None) -> 
     Raises
     ------
     LoadFailed
-        libbpf cannot read it, a section is not there or of another size, or the verifier
-        refuses.
+        libbpf cannot read it, a section is not there or of another size, a pinned map has
+        other parameters than the source's (EINVAL), or the verifier refuses.
     """
     lib = libbpf.library()
     options = libbpf.ObjectOpenOpts(object_name=name.encode())
@@ -174,6 +189,10 @@ def load(name: str, body: bytes, initial: Mapping[str, bytes] | None = None) -> 
                 raise LoadFailed(
                     f"bpf/{name}.bpf.c has no {section} of {len(content)} bytes to set."
                 )
+        for map_name, path in (pins or {}).items():
+            found = lib.bpf_object__find_map_by_name(pointer, map_name.encode())
+            if not found or lib.bpf_map__set_pin_path(found, path.encode()) < 0:
+                raise LoadFailed(f"bpf/{name}.bpf.c has no map {map_name} to pin.")
         result = lib.bpf_object__load(pointer)
         if result < 0:
             raise LoadFailed(

@@ -320,6 +320,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "bpf_object__load": (c_void_p,),
     "bpf_map__fd": (c_void_p,),
     "bpf_map__set_initial_value": (c_void_p, c_char_p, c_size_t),
+    "bpf_map__set_pin_path": (c_void_p, c_char_p),
     "bpf_program__fd": (c_void_p,),
 }
 
