@@ -182,9 +182,8 @@ class Investigation:
             if run.recorded
             else f"Measured in {_seconds(run)} on kernel {run.kernel}, saved as {_place(run)}."
         )
-        question = f"<p><b>{escape(subject.question)}</b></p>"
         html = _banner(line) if run.recorded else f"<p>{escape(line)}</p>"
-        progress.end(question + html, f"{subject.question}\n{line}")
+        progress.end(html, line)
         _show(_counts_html(run), run.counts.to_string(index=False))
         self._pending[experiment] = lacks
         self._parameters[experiment] = run.parameters
@@ -432,17 +431,20 @@ def _counts_html(run: Run) -> str:
     words = run.counts["anomaly"].unique()
     # One word for all rows heads the column; several stand beside their numbers.
     bad = words[0] if len(words) == 1 else "anomalies"
+    titles = ["variant", "case", "operations", bad, "ns per operation"]
     rows = [
-        (
+        [
             row["variant"],
             row["case"],
             f"{row['operations']:,}",
             f"{row['anomalies']:,}" + ("" if len(words) == 1 else f" {row['anomaly']}"),
             _cost(row["cost_ns"]),
-        )
+        ]
         for _, row in run.counts.iterrows()
     ]
-    return _table(("variant", "case", "operations", bad, "ns per operation"), rows, words=2)
+    if run.counts["cost_ns"].isna().all():
+        titles, rows = titles[:-1], [row[:-1] for row in rows]
+    return _table(titles, rows, words=2)
 
 
 def _cost(nanoseconds: float) -> str:
@@ -502,9 +504,9 @@ def _number(count: int, noun: str) -> str:
 def _plain(value: object) -> str:
     """A JSON value as words: nested names and values follow each other."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items())
+        return ", ".join(f"{name} {_plain(one)}" for name, one in value.items() if one != "")
     if isinstance(value, list):
         return ", ".join(map(_plain, value))
     if value is None or isinstance(value, bool):
         return {True: "yes", False: "no", None: "unknown"}[value]
-    return str(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
