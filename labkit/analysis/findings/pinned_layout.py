@@ -79,8 +79,8 @@ def pinned_layout(run: Run) -> Finding:
         run.experiment,
         f"bcc took the pinned map for each of {len(changed)} changed layouts: "
         f"where the struct grew, the new build misread {_wrong(grown, 'new')} policies, where it "
-        f"shrank, the old one {_wrong(shrunk, 'old')}. libbpf and labkit's Map refused both, but let pass a "
-        "struct of the same size whose fields changed places. A layout version in the pin's name, "
+        f"shrank, the old one {_wrong(shrunk, 'old')}. libbpf and labkit's Map refused both, but let "
+        "pass a struct of the same size whose fields changed places. A layout version in the pin's name, "
         f"and a copy at {versioned['copy_ns'].median():.0f} ns an entry, left "
         f"{_wrong(versioned, 'old')} and {_wrong(versioned, 'new')} misread.",
         checks,
