@@ -17,6 +17,7 @@ def bcc_leaf_size(run: Run) -> Finding:
     short = (value_bytes - broken["leaf_bytes"]).clip(lower=0) * broken["writes"]
     lost, foreign = int(broken["lost_bytes"].sum()), int(broken["foreign_bytes"].sum())
     wide = keys[keys["variant"] == "broken"].iloc[0]
+    wide_count = run.count("broken", "too wide key, bcc")
     too_big = run.count("broken", "leaf too big")
     too_small = run.count("broken", "leaf too small")
     ill_sized = int(fixed.loc[fixed["leaf_bytes"] != value_bytes, "writes"].sum())
@@ -31,17 +32,19 @@ def bcc_leaf_size(run: Run) -> Finding:
         ),
         Check(
             "of a leaf that is too big exactly the bytes past the map's value size are lost",
-            lost > 0 and bool((broken["lost_bytes"] == over).all()),
+            too_big.anomalies == too_big.operations > 0
+            and bool((broken["lost_bytes"] == over).all()),
             f"{lost:,} B lost in {too_big.operations:,} writes",
         ),
         Check(
             "a leaf that is too small is filled up with exactly what lies behind it in memory",
-            foreign > 0 and bool((broken["foreign_bytes"] == short).all()),
+            too_small.anomalies == too_small.operations > 0
+            and bool((broken["foreign_bytes"] == short).all()),
             f"{foreign:,} foreign B in {too_small.operations:,} writes",
         ),
         Check(
             "a key that is too wide loses its upper part, and entries fall onto each other",
-            0 < wide["wrong"] == wide["identifiers"] - wide["entries"],
+            0 < wide_count.anomalies == wide["wrong"] == wide["identifiers"] - wide["entries"],
             f"{wide['identifiers']:,} identifiers in {wide['entries']:,} entries, "
             f"{wide['wrong']:,} lookups return another's value",
         ),

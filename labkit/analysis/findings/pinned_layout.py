@@ -34,6 +34,11 @@ def pinned_layout(run: Run) -> Finding:
             f"{int(changed['accepted'].sum())} of {len(changed)} layouts",
         ),
         Check(
+            "each of them leaves one of the two builds with policies that it misreads",
+            all(run.count("broken", case).anomalies > 0 for case in run.cases("broken")),
+            str(run.count("broken")),
+        ),
+        Check(
             "where the struct grew, the new build writes fields that are not stored",
             len(grown) > 0
             and bool((grown["new_wrong"] == grown["new_reads"]).all())
@@ -79,8 +84,9 @@ def pinned_layout(run: Run) -> Finding:
         run.experiment,
         f"bcc took the pinned map for each of {len(changed)} changed layouts: "
         f"where the struct grew, the new build misread {_wrong(grown, 'new')} policies, where it "
-        f"shrank, the old one {_wrong(shrunk, 'old')}. libbpf and labkit's Map refused both, but let "
-        "pass a struct of the same size whose fields changed places. A layout version in the pin's name, "
+        f"shrank, the old one {_wrong(shrunk, 'old')}. libbpf and labkit's Map refused both, but "
+        "let pass a struct of the same size whose fields changed places. A layout version in the "
+        "pin's name, "
         f"and a copy at {versioned['copy_ns'].median():.0f} ns an entry, left "
         f"{_wrong(versioned, 'old')} and {_wrong(versioned, 'new')} misread.",
         checks,
