@@ -48,8 +48,7 @@ def no_notification(run: Run, *, ax: Axes | None = None) -> Axes:
         "the change", (changed, -0.75), xytext=(-3, 0), textcoords="offset points", ha="right",
         va="center", fontsize=7,
     )  # fmt: skip
-    labels = [case.replace(", edges only on ", " for edges
-alone, on ") for case in cases]
+    labels = [case.replace(", edges only on ", " for edges\nalone, on ") for case in cases]
     ax.set_yticks(range(len(cases)), labels)
     ax.set_ylim(len(cases) - 0.5, -1.1)
     ax.grid(False, axis="y")

@@ -91,7 +91,7 @@ _WATCHES = (
     claims=("3.1a",),
     needs=("bpf", "compile", "test_run", "hash", "lru", "percpu", "ringbuf"),
     quick={"polls": 20, "wait_ms": 20},
-    full={"polls": 150, "wait_ms": 40},
+    full={"polls": 100, "wait_ms": 40},
 )
 def no_notification(*, polls: int, wait_ms: int) -> Tables:
     """Wait on maps of each kind and on a ring buffer, while a program changes them or does not.
