@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event
 
 import numpy as np
 import pandas as pd
@@ -181,8 +182,11 @@ def _watched(
 def _one_wait(
     reader: RingReader, change: Function | None, wait: Wait, limit_s: float
 ) -> dict[str, object]:
+    waiting = Event()
+
     def follow() -> tuple[int, int, int]:
         begun = time.monotonic_ns()
+        waiting.set()
         events = wait(limit_s)
         return begun, events, time.monotonic_ns()
 
@@ -192,6 +196,7 @@ def _one_wait(
     else:
 
         def change_soon(change: Function = change) -> int:
+            waiting.wait(_TOLD_WITHIN_S)
             time.sleep(_CHANGE_AFTER_S)
             change.test_run()
             return time.monotonic_ns()
