@@ -19,8 +19,9 @@ report: setup ## run every notebook on this kernel, write reports/index.html (PR
 	@$(ENTER) $(PYTHON) -m labkit report --profile $(PROFILE)
 
 test: setup ## every check and every test (PYTEST_ARGS=... for pytest)
-	@provision/lint.sh
-	@$(ENTER) $(PYTHON) -m pytest $(PYTEST_ARGS)
+	@checks=0; provision/lint.sh || checks=1; \
+	$(ENTER) $(PYTHON) -m pytest $(PYTEST_ARGS) || exit $$?; \
+	if [ $$checks != 0 ]; then echo "lab: the tests pass, but checks above failed" >&2; exit 1; fi
 
 lint: setup ## the checks alone: ruff, mypy, import rules, notebooks
 	@provision/lint.sh
