@@ -52,11 +52,11 @@ WAKEUPS: Final = {"default": 0, "always": 1, "every-n": 2, "adaptive": 3, "never
 PROFILES: Final[dict[str, dict[str, Any]]] = {
     "quick": {
         "ring_bytes": 16 << 20, "drains": 7, "live_events": 20_000_000, "lives": 1,
-        "map_entries": 65_536, "map_rounds": 7, "latency_rounds": 3, "latency_s": 0.8,
+        "map_entries": 65_536, "map_rounds": 9, "latency_rounds": 3, "latency_s": 0.8,
     },
     "full": {
         "ring_bytes": 16 << 20, "drains": 15, "live_events": 20_000_000, "lives": 5,
-        "map_entries": 65_536, "map_rounds": 15, "latency_rounds": 5, "latency_s": 4.0,
+        "map_entries": 65_536, "map_rounds": 15, "latency_rounds": 5, "latency_s": 2.0,
     },
 }  # fmt: skip
 TIME_LIMIT_S: Final = {"quick": 300.0, "full": 1200.0}
@@ -723,14 +723,17 @@ def maps(entries: int, rounds: int) -> pd.DataFrame:
     Parameters
     ----------
     entries : int
-        Elements of the hash, all present.
+        Elements of the hash, all present when it is read.
     rounds : int
         Repetitions, in turns; one more, the first, warms up and is not counted.
 
     Returns
     -------
     DataFrame
-        One row per way and repetition: ``way``, ``repetition``, ``entries``, ``ns``.
+        One row per way and repetition: ``way``, ``repetition``, ``entries`` (handled in the
+        time, several times the map's for the fast ways), ``ns``. The ways that write do so
+        once into the empty hash (``..., fill``) and once over what is there
+        (``..., overwrite``).
 
     Raises
     ------
@@ -741,36 +744,51 @@ def maps(entries: int, rounds: int) -> pd.DataFrame:
         ours, theirs = unit.map("table", key="u4", value="u8"), unit.table("table")
         keys = np.arange(entries, dtype=np.uint32)
         values = keys.astype(np.uint64) * 3
-        # Made before the clock starts: bcc's user may have them ready too.
+        # Made before the clock starts, for the variant that leaves their making out.
         pairs = [(ctypes.c_uint(k), ctypes.c_ulonglong(3 * k)) for k in range(entries)]
 
-        def write_by_key() -> int:
+        def by_key() -> None:
+            for k in range(entries):
+                theirs[ctypes.c_uint(k)] = ctypes.c_ulonglong(3 * k)
+
+        def by_ready_key() -> None:
             for key, leaf in pairs:
                 theirs[key] = leaf
-            return entries
 
-        ways: dict[str, Callable[[], int]] = {
-            "snapshot": lambda: len(ours.snapshot()),
-            "items()": lambda: sum(1 for _ in theirs.items()),
-            "items_lookup_batch()": lambda: sum(1 for _ in theirs.items_lookup_batch()),
-            "update_many": lambda: ours.update_many(keys, values),
-            "t[k] = v": write_by_key,
+        # Reads so short that one scheduling of somebody else would hide them are repeated.
+        reads: dict[str, tuple[Callable[[], int], int]] = {
+            "snapshot()": (lambda: len(ours.snapshot()), 5),
+            "items_lookup_batch()": (lambda: sum(1 for _ in theirs.items_lookup_batch()), 5),
+            "items()": (lambda: sum(1 for _ in theirs.items()), 1),
         }
+        writes: dict[str, Callable[[], object]] = {
+            "update_many()": lambda: ours.update_many(keys, values),
+            "t[k] = v": by_key,
+            "t[k] = v, objects ready": by_ready_key,
+        }
+        rows: list[tuple[str, int, int, int]] = []
         ours.update_many(keys, values)
-        rows = []
-        for turn, (way, act) in _in_turns(list(ways.items()), rounds + 1):
-            if way == "snapshot":
+        for turn, way in _in_turns([*reads, *writes], rounds + 1):
+            if way == "snapshot()":
                 say(f"maps: round {turn} of {rounds}" if turn else "maps: warming up")
-            begun = time.monotonic_ns()
-            done = act()
-            ns = time.monotonic_ns() - begun
-            snapshot = ours.snapshot()
-            wrong = len(snapshot) != entries or (snapshot.values != snapshot.keys * 3).any()
-            if done != entries or wrong:
-                raise LabError(f"{way} handled {done} of {entries} entries, or changed them.")
-            if turn:
-                rows.append((way, turn, entries, ns))
-    return pd.DataFrame(rows, columns=["way", "repetition", "entries", "ns"])
+            if way in reads:
+                read, times = reads[way]
+                begun = time.monotonic_ns()
+                found = [read() for _ in range(times)]
+                rows.append((way, turn, entries * times, time.monotonic_ns() - begun))
+                if found != [entries] * times:
+                    raise LabError(f"{way} read {found} of {entries} entries.")
+                continue
+            ours.delete_many(keys)
+            for what in ("fill", "overwrite"):
+                begun = time.monotonic_ns()
+                writes[way]()
+                rows.append((f"{way}, {what}", turn, entries, time.monotonic_ns() - begun))
+            written = ours.snapshot()
+            if len(written) != entries or (written.values != written.keys * 3).any():
+                raise LabError(f"{way} did not write what it was given.")
+    table = pd.DataFrame(rows, columns=["way", "repetition", "entries", "ns"])
+    return table[table["repetition"] > 0].reset_index(drop=True)
 
 
 def measure(profile: str) -> Run:
@@ -837,6 +855,11 @@ def _ahead_of_others() -> int:
     """
     with suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, -20)
+    # Where the kernel groups processes by session, a nice value counts within the group only, and
+    # the group has one of its own: sched(7), "The autogroup feature".
+    with suppress(OSError):
+        os.setsid()
+        Path("/proc/self/autogroup").write_text("-20")
     return os.getpriority(os.PRIO_PROCESS, 0)
 
 
