@@ -1,21 +1,26 @@
 """A copy of a map in NumPy arrays: a batch of changes is applied without a loop over rows.
 
-Keys live in slots of an open-addressing hash table. A slot, once a key's, stays that key's:
-a deleted key keeps its version there (a tombstone), so that an older change which arrives
-late cannot bring it back.
+Keys live in slots of an open-addressing hash table. A row, once a key's, stays that key's: a
+deleted key keeps its version there (a tombstone), so that an older change which arrives late
+cannot bring it back.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from labkit.errors import BadInput
 from labkit.kernel.maps import Map, Snapshot, encode
 from labkit.sync.changes import ChangeKind, Changes, change_dtype, versions_of
+
+Bools = npt.NDArray[np.bool_]
+Rows = npt.NDArray[np.int64]
+Words = list[npt.NDArray[np.uint64]]
 
 _EMPTY = -1
 _LEAST_ROWS = 1_024
@@ -42,6 +47,21 @@ class Reading:
     age_ns: int
 
 
+class Resynced(NamedTuple):
+    """What a snapshot changed in a replica.
+
+    Attributes
+    ----------
+    changes : numpy.ndarray
+        The changes that took effect, rows of `change_dtype`.
+    steps : int
+        How many writes they stand for, if each write adds 1 to the version of its key.
+    """
+
+    changes: Changes
+    steps: int
+
+
 class Replica:
     """Copy of one map, fed with changes in any order, that never goes back in version.
 
@@ -59,7 +79,7 @@ class Replica:
     >>> with Map.create(MapKind.HASH, key="u4", value=layout, max_entries=8) as policy:
     ...     policy.update(80, (1, 7))
     ...     replica = Replica(policy)
-    ...     _ = replica.resync(policy.snapshot(), started_ns=0)
+    ...     replica.load(policy.snapshot())
     ...     int(replica.get(80).value["action"])
     7
     """
@@ -68,16 +88,19 @@ class Replica:
         self.key_dtype = table.key_dtype
         self.value_dtype = table.value_dtype
         self._field = version
-        self._words = -(-table.key_size // 8)
         self._used = 0
-        self._keys = np.zeros((0, self._words), np.uint64)
+        self._keys: Words = [np.zeros(0, np.uint64) for _ in range(-(-table.key_size // 8))]
         self._versions = np.zeros(0, np.uint64)
         self._known = np.zeros(0, np.bool_)  # a change of this key was applied
         self._present = np.zeros(0, np.bool_)
         self._seen_ns = np.zeros(0, np.uint64)
+        # When a snapshot began in which the key was missing: what was committed before that is
+        # older than its absence. 0 where a key is present, or a change told of its delete.
+        self._missing_ns = np.zeros(0, np.uint64)
         self._values = np.zeros(0, self.value_dtype)
-        self._slots = np.zeros(0, np.int64)
-        self._make_room(_LEAST_ROWS)
+        self._latest = np.zeros(0, np.int64)  # scratch of `apply`
+        self._slots = np.zeros(0, np.int32)
+        self._grow(_LEAST_ROWS)
 
     def __len__(self) -> int:
         return int(self._present[: self._used].sum())
@@ -85,8 +108,10 @@ class Replica:
     @property
     def nbytes(self) -> int:
         """Bytes that the copy takes, its index included."""
-        parts = (self._keys, self._versions, self._known, self._present, self._seen_ns)
-        return sum(part.nbytes for part in (*parts, self._values, self._slots))
+        flags = self._known.nbytes + self._present.nbytes
+        times = self._versions.nbytes + self._seen_ns.nbytes + self._missing_ns.nbytes
+        index = sum(column.nbytes for column in self._keys) + self._slots.nbytes
+        return index + flags + times + self._values.nbytes + self._latest.nbytes
 
     # -- reading -----------------------------------------------------------------------
 
@@ -105,49 +130,124 @@ class Replica:
 
     def differs(self, snapshot: Snapshot) -> int:
         """Keys that are here and not there, there and not here, or of another version."""
-        theirs = self._find(self._as_words(snapshot.keys))
-        versions = versions_of(snapshot.values, self._field)
-        known = theirs != _EMPTY
-        same = np.zeros(len(theirs), np.bool_)
-        rows = theirs[known]
-        same[known] = self._present[rows] & (self._versions[rows] == versions[known])
-        return int((~same).sum()) + len(self) - int(self._present[rows].sum())
+        rows = self._find(self._as_words(snapshot.keys))
+        known = rows != _EMPTY
+        rows, versions = rows[known], versions_of(snapshot.values, self._field)[known]
+        here = self._present[rows]
+        same = here & (self._versions[rows] == versions)
+        return len(snapshot) - int(same.sum()) + len(self) - int(here.sum())
 
     # -- applying ----------------------------------------------------------------------
 
-    def apply(self, changes: Changes) -> int:
-        """Apply a batch; changes that are older than what is here are passed over.
+    def load(self, snapshot: Snapshot) -> None:
+        """Fill an empty replica with a snapshot, at the least cost.
+
+        Parameters
+        ----------
+        snapshot : Snapshot
+            Its arrays become the replica's own: do not write into them afterwards.
+
+        Raises
+        ------
+        BadInput
+            The replica is not empty: use `resync`.
+        """
+        if self._used:
+            raise BadInput("This replica holds keys already: bring it up to date by resync.")
+        count = len(snapshot)
+        if count == 0:
+            return
+        self._keys = self._as_words(snapshot.keys)
+        self._versions = versions_of(snapshot.values, self._field)
+        self._values = np.ascontiguousarray(snapshot.values)
+        self._known = np.ones(count, np.bool_)
+        self._present = np.ones(count, np.bool_)
+        self._seen_ns = np.full(count, time.monotonic_ns(), np.uint64)
+        self._missing_ns = np.zeros(count, np.uint64)
+        self._latest = np.empty(count, np.int64)
+        self._used = count
+        self._index_anew(count)
+
+    def apply(self, changes: Changes) -> Bools:
+        """Apply a batch; a change that is older than what its key was at is passed over.
+
+        A delete with version 0 names none (a hook sees no value): it is a delete of the newest
+        version that came before it.
 
         Parameters
         ----------
         changes : numpy.ndarray
-            Rows of `labkit.sync.changes.change_dtype`; several of one key may stand in it.
+            Rows of `labkit.sync.changes.change_dtype` in the order of their arrival; several
+            of one key may stand in it. ``seen_ns`` is filled in, and so is the version of a
+            delete that named none.
 
         Returns
         -------
-        int
-            Changes that took effect.
+        numpy.ndarray
+            bool, shape ``(n,)``: the change was newer than all before it of its key.
         """
-        if len(changes) == 0:
-            return 0
+        count = len(changes)
+        if count == 0:
+            return np.zeros(0, np.bool_)
         rows = self._find_or_add(self._as_words(changes["key"]))
-        # The newest change of each key alone decides: order the rows so that it comes last.
-        order = np.lexsort((changes["kind"], changes["version"], rows))
-        last = order[np.append(rows[order][1:] != rows[order][:-1], True)]
-        target = rows[last]
-        version, deletes = changes["version"][last], changes["kind"][last] == ChangeKind.DELETE
-        newer = ~self._known[target] | (version > self._versions[target])
-        gone = deletes & (version == self._versions[target]) & self._present[target]
-        chosen = newer | gone
-        target, last, deletes = target[chosen], last[chosen], deletes[chosen]
+        deletes = changes["kind"] == ChangeKind.DELETE
+        any_deletes = bool(deletes.any())
+        position = np.arange(count)
+        # A repeated index keeps the last assignment: this finds the last change of each key.
+        latest = self._latest
+        latest[rows] = position
+        last = latest[rows] == position
+        single = bool(last.all())
+        if single and not any_deletes:
+            version = changes["version"]
+            fresh = ~self._known[rows] | (version > self._versions[rows])
+            fresh &= changes["committed_ns"] >= self._missing_ns[rows]
+            target, chosen = rows[fresh], fresh
+        else:
+            fresh, version = self._fresh_in_order(changes, rows, deletes)
+            # Of each key, its last change that was newer than all before it.
+            position = np.flatnonzero(fresh)
+            latest[rows[position]] = position
+            chosen = np.zeros(count, np.bool_)
+            chosen[position[latest[rows[position]] == position]] = True
+            target = rows[chosen]
         self._known[target] = True
         self._versions[target] = version[chosen]
-        self._present[target] = ~deletes
-        self._seen_ns[target] = changes["seen_ns"][last]
-        self._values[target] = changes["value"][last]
-        return int(chosen.sum())
+        self._present[target] = ~deletes[chosen]
+        self._missing_ns[target] = 0
+        self._values[target] = changes["value"][chosen]
+        now = time.monotonic_ns()
+        self._seen_ns[target] = now
+        changes["seen_ns"] = now
+        return fresh
 
-    def resync(self, snapshot: Snapshot, *, started_ns: int) -> Changes:
+    def _fresh_in_order(
+        self, changes: Changes, rows: Rows, deletes: Bools
+    ) -> tuple[Bools, npt.NDArray[np.uint64]]:
+        """Which changes are newer than all before them of their key, and their versions."""
+        order = np.argsort(rows, kind="stable")
+        row, delete = rows[order], deletes[order]
+        version = changes["version"][order]
+        committed = changes["committed_ns"][order]
+        first = np.append(True, row[1:] != row[:-1])
+        known = np.where(self._known[row], self._versions[row], 0)
+        # What was committed before the key was found missing is older than that.
+        untimely = (committed < self._missing_ns[row]) & (committed > 0)
+        told = np.where(untimely, 0, np.maximum(version, known))
+        newest = _running_max(np.cumsum(first) - 1, told)  # own version included
+        before = np.where(first, known, np.append(0, newest[:-1]).astype(np.uint64))
+        untold = delete & (version == 0)
+        if untold.any():
+            version = np.where(untold, before, version)
+            changes["version"][order[untold]] = version[untold]
+        there = np.where(first, self._present[row], np.append(False, ~delete[:-1]))
+        fresh = (version > before) | (first & ~self._known[row] & ~untold)
+        fresh |= delete & there & (version == before)
+        answer, versions = np.empty(len(rows), np.bool_), np.empty(len(rows), np.uint64)
+        answer[order], versions[order] = fresh & ~untimely, version
+        return answer, versions
+
+    def resync(self, snapshot: Snapshot, *, started_ns: int) -> Resynced:
         """Bring the copy to a snapshot; answers what that changed.
 
         Parameters
@@ -155,109 +255,126 @@ class Replica:
         snapshot : Snapshot
             If it is complete, keys that it lacks are deleted here, unless their last change
             arrived after it had begun: such a key may have been inserted behind the reader.
+            Nobody told of such a delete: its version is the last known one.
         started_ns : int
             When the snapshot began, CLOCK_MONOTONIC nanoseconds.
 
         Returns
         -------
-        numpy.ndarray
-            The changes that took effect, rows of `change_dtype`.
+        Resynced
+            The changes, and the writes that they stand for.
         """
-        dtype = change_dtype(self.key_dtype, self.value_dtype)
-        now = time.monotonic_ns()
         versions = versions_of(snapshot.values, self._field)
         rows = self._find_or_add(self._as_words(snapshot.keys), distinct=True)
-        newer = ~self._known[rows] | (versions > self._versions[rows])
+        known = np.where(self._known[rows], self._versions[rows], 0)
+        newer = np.flatnonzero(~self._known[rows] | (versions > known))
         target = rows[newer]
-        updates = np.zeros(len(target), dtype)
-        updates["kind"] = ChangeKind.UPDATE
-        updates["key"] = snapshot.keys[newer]
-        updates["version"] = versions[newer]
-        updates["seen_ns"] = now
+        # A delete that was inferred is counted already when the key comes back.
+        step = (versions[newer] - known[newer]).astype(np.int64)
+        step -= (~self._present[target] & (self._missing_ns[target] > 0)).astype(np.int64)
+        steps = int(np.maximum(step, 1).sum())
+        absent = np.zeros(0, np.int64)
+        if snapshot.complete:
+            used = slice(0, self._used)
+            missing = self._present[used] & (self._seen_ns[used] < np.uint64(started_ns))
+            missing[rows] = False
+            absent = np.flatnonzero(missing)
+        changes = np.zeros(
+            len(target) + len(absent), change_dtype(self.key_dtype, self.value_dtype)
+        )
+        updates, deletes = changes[: len(target)], changes[len(target) :]
+        updates["kind"], deletes["kind"] = ChangeKind.UPDATE, ChangeKind.DELETE
+        updates["key"], deletes["key"] = snapshot.keys[newer], self._as_keys(absent)
+        updates["version"], deletes["version"] = versions[newer], self._versions[absent]
         updates["value"] = snapshot.values[newer]
         self._known[target] = True
         self._versions[target] = versions[newer]
         self._present[target] = True
-        self._seen_ns[target] = now
+        self._missing_ns[target] = 0
         self._values[target] = snapshot.values[newer]
-        if not snapshot.complete:
-            return updates
-        listed = np.zeros(self._used, np.bool_)
-        listed[rows] = True
-        used = slice(0, self._used)
-        missing = self._present[used] & ~listed & (self._seen_ns[used] < np.uint64(started_ns))
-        absent = np.flatnonzero(missing)
-        deletes = np.zeros(len(absent), dtype)
-        deletes["kind"] = ChangeKind.DELETE
-        deletes["key"] = self._as_keys(absent)
-        deletes["version"] = self._versions[absent]
-        deletes["seen_ns"] = now
         self._present[absent] = False
-        self._seen_ns[absent] = now
-        return np.concatenate([updates, deletes])
+        self._missing_ns[absent] = max(started_ns, 1)
+        now = time.monotonic_ns()
+        self._seen_ns[target] = self._seen_ns[absent] = now
+        changes["seen_ns"] = now
+        return Resynced(changes, steps + len(absent))
 
     # -- the index ---------------------------------------------------------------------
 
-    def _as_words(self, keys: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
-        """Keys as rows of whole words, the rest zero: equal bytes are equal rows."""
-        size = self.key_dtype.itemsize
-        packed = np.zeros((len(keys), 8 * self._words), np.uint8)
-        packed[:, :size] = np.ascontiguousarray(keys).view(np.uint8).reshape(len(keys), size)
-        return packed.view(np.uint64)
+    def _as_words(self, keys: npt.NDArray[Any]) -> Words:
+        """Keys as columns of whole words, the rest zero: equal bytes are equal rows."""
+        size, count = self.key_dtype.itemsize, len(keys)
+        if size in (4, 8):
+            return [np.ascontiguousarray(keys).view(f"u{size}").reshape(count).astype(np.uint64)]
+        packed = np.zeros((count, 8 * len(self._keys)), np.uint8)
+        packed[:, :size] = np.ascontiguousarray(keys).view(np.uint8).reshape(count, size)
+        return [column.copy() for column in packed.view(np.uint64).T]
 
-    def _as_keys(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        raw = self._keys[rows].view(np.uint8).reshape(len(rows), 8 * self._words)
+    def _as_keys(self, rows: Rows) -> npt.NDArray[Any]:
+        words = np.stack([column[rows] for column in self._keys], axis=1)
+        raw = words.view(np.uint8).reshape(len(rows), 8 * len(self._keys))
         packed = np.ascontiguousarray(raw[:, : self.key_dtype.itemsize])
-        return packed.view(self.key_dtype).reshape(len(rows))
+        return packed.reshape(-1).view(self.key_dtype.base).reshape(-1, *self.key_dtype.shape)
 
-    def _first_slots(self, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-        mixed = words[:, 0] * _MIX
-        for i in range(1, self._words):
-            mixed = (mixed ^ (mixed >> np.uint64(29)) ^ words[:, i]) * _MIX
-        mask = np.uint64(len(self._slots) - 1)
-        return ((mixed >> np.uint64(32)) & mask).astype(np.int64)
+    def _first_slots(self, words: Words) -> npt.NDArray[np.int64]:
+        mixed = words[0] * _MIX
+        for word in words[1:]:
+            mixed = (mixed ^ (mixed >> np.uint64(29)) ^ word) * _MIX
+        mixed >>= np.uint64(32)
+        mixed &= np.uint64(len(self._slots) - 1)
+        return mixed.view(np.int64)
 
-    def _find(self, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    def _find(self, words: Words) -> Rows:
         """Row of each key, or -1."""
-        rows = np.full(len(words), _EMPTY, np.int64)
+        slots = self._first_slots(words)
+        rows = self._slots[slots].astype(np.int64)
         mask = len(self._slots) - 1
-        pending, slots = np.arange(len(words)), self._first_slots(words)
+        pending = np.flatnonzero((rows != _EMPTY) & self._other(rows, words))
+        slots = slots[pending]
         while pending.size:
-            candidates = self._slots[slots]
-            taken = candidates != _EMPTY
-            match = taken.copy()
-            match[taken] = (self._keys[candidates[taken]] == words[pending[taken]]).all(axis=1)
-            rows[pending[match]] = candidates[match]
-            further = taken & ~match
-            pending, slots = pending[further], (slots[further] + 1) & mask
+            slots = (slots + 1) & mask
+            candidates = self._slots[slots].astype(np.int64)
+            rows[pending] = candidates
+            further = candidates != _EMPTY
+            further &= self._other(candidates, [word[pending] for word in words])
+            pending, slots = pending[further], slots[further]
         return rows
 
-    def _find_or_add(
-        self, words: npt.NDArray[np.uint64], *, distinct: bool = False
-    ) -> npt.NDArray[np.int64]:
+    def _other(self, rows: Rows, words: Words) -> Bools:
+        """Whether the keys of rows are other ones; of no meaning in rows that are -1."""
+        other: Bools = self._keys[0][rows] != words[0]
+        for column, word in zip(self._keys[1:], words[1:], strict=True):
+            other |= column[rows] != word
+        return other
+
+    def _find_or_add(self, words: Words, *, distinct: bool = False) -> Rows:
         """Row of each key; keys that are not here yet get one. ``distinct``: none comes twice."""
         rows = self._find(words)
         missing = np.flatnonzero(rows == _EMPTY)
         if missing.size == 0:
             return rows
-        new, which = words[missing], np.arange(missing.size)
+        new, which = [word[missing] for word in words], np.arange(missing.size)
         if not distinct:
-            flat = new.reshape(-1) if self._words == 1 else new.view(f"V{8 * self._words}").ravel()
-            _, first, which = np.unique(flat, return_index=True, return_inverse=True)
-            new = new[first]
-        if self._used + len(new) > len(self._versions):
-            self._make_room(self._used + len(new))
-        added = np.arange(self._used, self._used + len(new))
-        self._keys[added] = new
-        self._used += len(new)
-        self._index(added)
+            joined = new[0] if len(new) == 1 else np.stack(new, axis=1).view(f"V{8 * len(new)}")
+            _, first, which = np.unique(joined.reshape(-1), return_index=True, return_inverse=True)
+            new = [word[first] for word in new]
+        added = np.arange(self._used, self._used + len(new[0]))
+        if self._used + len(added) > len(self._versions):
+            self._grow(self._used + len(added))
+        for column, word in zip(self._keys, new, strict=True):
+            column[added] = word
+        self._used += len(added)
+        if _SLOTS_PER_ROW * self._used > len(self._slots):
+            self._index_anew(self._used)
+        else:
+            self._index(added)
         rows[missing] = added[which]
         return rows
 
-    def _index(self, rows: npt.NDArray[np.int64]) -> None:
+    def _index(self, rows: Rows) -> None:
         """Give every row a slot; none of their keys has one yet."""
         mask = len(self._slots) - 1
-        slots = self._first_slots(self._keys[rows])
+        slots = self._first_slots([column[rows] for column in self._keys])
         while rows.size:
             free = self._slots[slots] == _EMPTY
             # Several rows may want one free slot: the last one written has it, the others go on.
@@ -265,20 +382,38 @@ class Replica:
             further = self._slots[slots] != rows
             rows, slots = rows[further], (slots[further] + 1) & mask
 
-    def _make_room(self, rows: int) -> None:
-        """Grow to a power of two of rows at least, and index what is here anew."""
-        room = 1 << (rows - 1).bit_length()
+    def _index_anew(self, rows: int) -> None:
+        self._slots = np.full(_SLOTS_PER_ROW << (rows - 1).bit_length(), _EMPTY, np.int32)
+        self._index(np.arange(self._used))
+
+    def _grow(self, rows: int) -> None:
+        """Make room for that many rows at least, and for as many again as there are."""
+        room = max(rows, 2 * self._used)
 
         def grown(part: npt.NDArray[Any]) -> npt.NDArray[Any]:
             larger = np.zeros((room, *part.shape[1:]), part.dtype)
             larger[: self._used] = part[: self._used]
             return larger
 
-        self._keys = grown(self._keys)
+        self._keys = [grown(column) for column in self._keys]
         self._versions = grown(self._versions)
         self._known = grown(self._known)
         self._present = grown(self._present)
         self._seen_ns = grown(self._seen_ns)
+        self._missing_ns = grown(self._missing_ns)
         self._values = grown(self._values)
-        self._slots = np.full(_SLOTS_PER_ROW * room, _EMPTY, np.int64)
-        self._index(np.arange(self._used))
+        self._latest = np.empty(room, np.int64)
+        if _SLOTS_PER_ROW * room > len(self._slots):
+            self._index_anew(room)
+
+
+def _running_max(
+    group: npt.NDArray[np.int64], numbers: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.uint64]:
+    """Running maximum within groups that are numbered in increasing order."""
+    if ((numbers[1:] >= numbers[:-1]) | (group[1:] != group[:-1])).all():
+        return numbers
+    values, rank = np.unique(numbers, return_inverse=True)
+    running = np.maximum.accumulate(group * len(values) + rank) % len(values)
+    answer: npt.NDArray[np.uint64] = values[running]
+    return answer
