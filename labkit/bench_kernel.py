@@ -36,7 +36,7 @@ from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, cpus, die_with_parent, shared_array
 from labkit.kernel.provenance import provenance, usage, usage_since
-from labkit.kernel.ringbuf import RingReader, slot_bytes
+from labkit.kernel.ringbuf import WAKEUPS, RingReader, slot_bytes, wakeup_constants
 from labkit.measure import RUNS
 
 EVENT: Final = np.dtype(
@@ -45,9 +45,6 @@ EVENT: Final = np.dtype(
 """``struct event`` of bpf/ring_event.h."""
 
 PEER: Final = programs.SOURCES / "peers" / "ring_consumer.c"
-
-WAKEUPS: Final = {"default": 0, "always": 1, "every-n": 2, "adaptive": 3, "never": 4}
-"""Wakeup policies of bpf/ring_producer.bpf.c by name."""
 
 PROFILES: Final[dict[str, dict[str, Any]]] = {
     "quick": {
@@ -102,7 +99,7 @@ class Producer:
     ring_fd : int
         Descriptor of any ring buffer map.
     wakeup : str
-        One of `WAKEUPS`.
+        One of `labkit.kernel.ringbuf.WAKEUPS`.
     wakeup_at : int
         Records (``every-n``) or unread bytes (``adaptive``) at which the reader is woken.
     discard_every : int, optional
@@ -116,9 +113,7 @@ class Producer:
         wakeup_at: int = 1,
         discard_every: int | None = None,
     ) -> None:
-        if wakeup not in WAKEUPS:
-            raise BadInput(f"A wakeup policy is one of {', '.join(WAKEUPS)}, not {wakeup!r}.")
-        constants = {"WAKEUP": WAKEUPS[wakeup], "WAKEUP_AT": wakeup_at, "BURST": _BURST}
+        constants = {**wakeup_constants(wakeup, wakeup_at), "BURST": _BURST}
         if discard_every is not None:
             constants["DISCARD_EVERY"] = discard_every
         self._unit = programs.load("ring_producer", RING_FD=ring_fd, **constants)
@@ -132,13 +127,27 @@ class Producer:
         return Produced(int(row["produced"]), int(row["dropped"]), int(row["discarded"]))
 
     def flood(self, events: int) -> Produced:
-        """Produce as fast as this CPU goes."""
+        """Produce so many events as fast as this CPU goes; counts since the program was made."""
         self._aim(events)
         self._flood.test_run(repeat=-(-events // _BURST))
         return self.counts()
 
     def keep_schedule(self, events: int, interval_ns: int, start_ns: int) -> Produced:
-        """Produce one event at each ``start_ns + i * interval_ns`` (CLOCK_MONOTONIC).
+        """Produce one event at each ``start_ns + i * interval_ns``, open loop.
+
+        Parameters
+        ----------
+        events : int
+            How many.
+        interval_ns : int
+            Nanoseconds between two.
+        start_ns : int
+            When the first is wanted, CLOCK_MONOTONIC.
+
+        Returns
+        -------
+        Produced
+            All that this producer ever did.
 
         Raises
         ------
@@ -834,7 +843,7 @@ def measure(profile: str) -> Run:
         rows = followed[followed["consumer"] == name]
         triad.add(
             variant,
-            case=f"{name}, producer at full speed",
+            case=name,
             operations=int(rows["produced"].sum()),
             anomalies=int(rows["dropped"].sum()),
         )

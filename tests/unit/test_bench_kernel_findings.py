@@ -10,7 +10,7 @@ import pytest
 
 from labkit.analysis import figures, findings
 from labkit.analysis.findings import bench_kernel
-from labkit.analysis.runs import Run, Triad
+from labkit.analysis.runs import BadRun, Run, Triad
 
 DRAIN_NS = {
     "RingReader": 1_000,
@@ -115,6 +115,13 @@ def test_each_bar_falls_short_by_itself(
     assert len(short) == 1 and named in short[0].name
     assert "falls short" in str(short[0])
     assert not findings.judge(run).holds
+
+
+def test_counts_that_contradict_the_live_table_are_refused() -> None:
+    run = made()
+    run.counts.loc[run.counts["variant"] == "fixed", "anomalies"] = 1
+    with pytest.raises(BadRun, match="counts of RingReader"):
+        findings.judge(run)
 
 
 def test_the_figure_is_drawn() -> None:

@@ -10,7 +10,7 @@ from typing import Final
 import pandas as pd
 
 from labkit.analysis.findings import Check, Finding, judges
-from labkit.analysis.runs import Run
+from labkit.analysis.runs import BadRun, Run
 
 EXPERIMENT: Final = "bench-kernel"
 
@@ -80,6 +80,7 @@ def figures(run: Run) -> list[Figure]:
 @judges(EXPERIMENT)
 def bench_kernel(run: Run) -> Finding:
     """Every bar of the kernel room holds."""
+    _check_counts(run)
     every = figures(run)
     barred = [one for one in every if one.holds is not None]
     lost = run.count("fixed")
@@ -98,6 +99,15 @@ def bench_kernel(run: Run) -> Finding:
             for one in barred
         ),
     )
+
+
+def _check_counts(run: Run) -> None:
+    """Refuse a run whose two accounts of the events lost live differ."""
+    for name, rows in run.table("live").groupby("consumer"):
+        variant = {OURS: "fixed", LIBBPF: "control"}.get(str(name), "broken")
+        count = run.count(variant, str(name))
+        if [count.operations, count.anomalies] != rows[["produced", "dropped"]].sum().to_list():
+            raise BadRun(f"The counts of {name} are not those of the run's table live.")
 
 
 def _drain(run: Run) -> Iterator[Figure]:
