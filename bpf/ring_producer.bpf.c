@@ -1,18 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 // Produces events into any ring buffer, at full speed or on a schedule, and counts them exactly.
-// Who is woken, and when, is the producer's choice: WAKEUP.
 
 #include "ring_event.h"
-
-#define WAKEUP_DEFAULT 0   // the kernel's rule: wake when the reader stands at this very record
-#define WAKEUP_ALWAYS 1    // wake for every record
-#define WAKEUP_EVERY_N 2   // wake for every WAKEUP_AT-th record
-#define WAKEUP_ADAPTIVE 3  // wake once WAKEUP_AT bytes stand unread
-#define WAKEUP_NEVER 4     // the reader looks by its own timer
 
 // The ring is made by others and named by its descriptor: several consumers are compared on one
 // ring, and bpf_ringbuf_query() needs the map itself, which bcc's table methods do not give.
 #define RING ((void *)bpf_pseudo_fd(1, RING_FD))
+
+#include "wakeup.h"
 
 struct control {
 	u64 produced;     // tried: delivered + dropped
@@ -24,22 +19,6 @@ struct control {
 };
 
 BPF_ARRAY(control, struct control, 1);
-
-static u64 wakeup(u64 seq)
-{
-#if WAKEUP == WAKEUP_ALWAYS
-	return BPF_RB_FORCE_WAKEUP;
-#elif WAKEUP == WAKEUP_EVERY_N
-	return seq % WAKEUP_AT == WAKEUP_AT - 1 ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
-#elif WAKEUP == WAKEUP_ADAPTIVE
-	return bpf_ringbuf_query(RING, BPF_RB_AVAIL_DATA) >= WAKEUP_AT ? BPF_RB_FORCE_WAKEUP
-								       : BPF_RB_NO_WAKEUP;
-#elif WAKEUP == WAKEUP_NEVER
-	return BPF_RB_NO_WAKEUP;
-#else
-	return 0;
-#endif
-}
 
 static void emit(struct control *c, u64 intended_ns, u64 committed_ns)
 {

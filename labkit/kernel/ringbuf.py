@@ -42,6 +42,9 @@ DISCARDED: Final = 1 << 30
 HEADER_BYTES: Final = 8
 """Bytes in front of every payload."""
 
+WAKEUPS: Final = {"default": 0, "always": 1, "every-n": 2, "adaptive": 3, "never": 4}
+"""Wakeup policies of the programs that include bpf/wakeup.h, by name."""
+
 _LENGTH: Final = DISCARDED - 1
 # Headers and copies go in pieces that stay in the CPU's cache between the two passes.
 _PIECE: Final = 32_768
@@ -66,6 +69,29 @@ def slot_bytes(payload_bytes: int) -> int:
     (40, 48)
     """
     return -(-(HEADER_BYTES + payload_bytes) // 8) * 8
+
+
+def wakeup_constants(policy: str, at: int = 1) -> dict[str, int]:
+    """Constants that choose the wakeup policy of a program that includes bpf/wakeup.h.
+
+    Parameters
+    ----------
+    policy : str
+        One of `WAKEUPS`: the kernel's own rule, every record, every N-th record, adaptive (once
+        so many bytes stand unread), never.
+    at : int
+        The N of ``every-n``, or the bytes of ``adaptive``.
+
+    Raises
+    ------
+    BadInput
+        There is no such policy, or ``at`` is less than 1.
+    """
+    if policy not in WAKEUPS:
+        raise BadInput(f"A wakeup policy is one of {', '.join(WAKEUPS)}, not {policy!r}.")
+    if at < 1:
+        raise BadInput(f"A wakeup comes every 1 record or byte at least, not every {at}.")
+    return {"WAKEUP": WAKEUPS[policy], "WAKEUP_AT": at}
 
 
 class Layout:

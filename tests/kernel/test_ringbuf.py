@@ -14,13 +14,13 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from labkit.bench_kernel import EVENT, WAKEUPS, Produced, Producer
+from labkit.bench_kernel import EVENT, Produced, Producer
 from labkit.errors import BadInput
 from labkit.kernel import libbpf, programs
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, another_cpu, shared_array, together
-from labkit.kernel.ringbuf import Consumer, RingReader, RingStats, slot_bytes
+from labkit.kernel.ringbuf import WAKEUPS, Consumer, RingReader, RingStats, slot_bytes
 
 BYTES = 64 << 10
 SLOT = slot_bytes(EVENT.itemsize)
