@@ -37,7 +37,10 @@ def bcc_leaf_size(run: Run, *, ax: Axes | None = None) -> Axes:
         ax.plot(rows["leaf_bytes"], per_write, **style.look(number).line(), label=f"bcc: {label}")
     control = sizes[sizes["variant"] == "control"]
     wrong = (control["lost_bytes"] + control["foreign_bytes"]) / control["writes"]
-    ax.plot(control["leaf_bytes"], wrong, **style.VARIANT["control"].points(), label="exact leaf")
+    ax.plot(
+        control["leaf_bytes"], wrong, **style.VARIANT["control"].points(), label="exact leaf",
+        zorder=3,
+    )  # fmt: skip
     refused = sizes[(sizes["case"] == "labkit Map") & (sizes["refused"] == sizes["writes"])]
     stored_wrongly = refused["wrong"] / refused["writes"]
     ax.plot(

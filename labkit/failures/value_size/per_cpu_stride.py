@@ -27,7 +27,7 @@ _ONE, _PACKED, _MAP = "buffer for one value", "buffer for an array of values", "
     claims=("3.1c", "2.4"),
     needs=("bpf", "compile", "test_run"),
     quick={"value_bytes": [4, 8, 12, 16, 20], "lookups": 500},
-    full={"value_bytes": list(range(4, 65, 4)), "lookups": 20_000},
+    full={"value_bytes": list(range(4, 65, 4)), "lookups": 10_000},
 )
 def per_cpu_stride(*, value_bytes: list[int], lookups: int) -> Tables:
     """Mark the slot of every CPU by a program that runs there, and read the slots in three ways.
