@@ -65,7 +65,7 @@ _BY_PROCESS = (
     claims=("1.3a",),
     needs=("bpf", "compile", "test_run", "two_cpus", "spin_lock"),
     quick={"program_ms": 12, "process_increments": 3_000, "processes": 2, "rounds": 5},
-    full={"program_ms": 60, "process_increments": 20_000, "processes": 2, "rounds": 12},
+    full={"program_ms": 30, "process_increments": 20_000, "processes": 2, "rounds": 12},
 )
 def lost_updates(
     *, program_ms: int, process_increments: int, processes: int, rounds: int

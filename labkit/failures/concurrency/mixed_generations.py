@@ -61,7 +61,7 @@ _SETTINGS = (
     claims=("4.3",),
     needs=("bpf", "compile", "test_run", "two_cpus"),
     quick={"keys": 64, "sweeps": 1_500, "process_reads": 1_000, "switches": 10, "rounds": 2},
-    full={"keys": 64, "sweeps": 10_000, "process_reads": 10_000, "switches": 50, "rounds": 6},
+    full={"keys": 64, "sweeps": 5_000, "process_reads": 5_000, "switches": 50, "rounds": 6},
 )
 def mixed_generations(
     *, keys: int, sweeps: int, process_reads: int, switches: int, rounds: int

@@ -58,7 +58,7 @@ _AT_LONGEST = (
     claims=("1.3g", "1.11"),
     needs=("bpf", "compile", "test_run", "two_cpus", "spin_lock"),
     quick={"holds": [1, 512, 4096], "reads": 80_000, "writes": 30_000, "rounds": 3},
-    full={"holds": [1, 8, 64, 512, 2048, 4096], "reads": 1_000_000, "writes": 400_000,
+    full={"holds": [1, 8, 64, 512, 2048, 4096], "reads": 250_000, "writes": 100_000,
           "rounds": 6},
 )  # fmt: skip
 def recycled_element(*, holds: list[int], reads: int, writes: int, rounds: int) -> Tables:
