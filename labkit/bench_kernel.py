@@ -36,7 +36,7 @@ from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, cpus, die_with_parent, shared_array
 from labkit.kernel.provenance import provenance, usage, usage_since
-from labkit.kernel.ringbuf import WAKEUPS, RingReader, slot_bytes, wakeup_constants
+from labkit.kernel.ringbuf import RingReader, slot_bytes, wakeup_constants
 from labkit.measure import RUNS
 
 EVENT: Final = np.dtype(
