@@ -180,7 +180,7 @@ class _Line:
     def show(self, words: str) -> None:
         """Show what goes on now."""
         if self._terminal:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
             print(f"\r\033[K{words[: width - 1]}", end="", file=sys.stderr, flush=True)
         else:
             print(words, file=sys.stderr, flush=True)

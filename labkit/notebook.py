@@ -215,6 +215,8 @@ class Investigation:
     def draw(self, run: Run | None, *, key: bool = False) -> None:
         """Draw the experiment's figure from the run, as a static picture.
 
+        The figure itself says where its run was recorded, if it was.
+
         Parameters
         ----------
         run : Run or None
@@ -236,9 +238,6 @@ class Investigation:
             {"image/png": picture, "text/plain": about},
             {"image/png": {"alt": about}, KEY_FIGURE: key},
         )
-        if run.recorded:
-            caption = f"Drawn from the run recorded on kernel {run.kernel}."
-            _show(_banner(caption), caption)
 
     def conclude(self, run: Run | None) -> None:
         """Judge the run and show its finding; `assert_findings` demands it later.

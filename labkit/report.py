@@ -421,7 +421,8 @@ def _counted(pages: list[_Page]) -> dict[str, int]:
 def _tally(pages: list[_Page]) -> str:
     counts = _counted(pages)
     words = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    return f"{sum(counts.values())} experiments: {words or 'none'}."
+    total = sum(counts.values())
+    return f"{total} experiment{'' if total == 1 else 's'}: {words}." if total else "No experiment."
 
 
 def _summary(page: _Page) -> str:
@@ -508,7 +509,7 @@ def _card(page: _Page) -> str:
     parts = [
         f"<section class='notebook'><h2><a href='{page.name}.html'>{escape(page.title)}</a></h2>",
         f"<p>{state} <span class='small'>{page.duration_s:.0f} s, kernel "
-        f"{escape(', '.join(kernels))}. {_tally([page]) if page.outcomes else ''} "
+        f"{escape(', '.join(kernels))}. {_tally([page])} "
         f"<a href='{page.name}.ipynb'>Executed notebook</a></span></p>",
     ]
     if page.problem:

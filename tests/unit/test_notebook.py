@@ -166,7 +166,7 @@ def test_a_recorded_run_stands_in_and_is_marked(
     outcome = found(shown)["toy-lacks"]
     assert (outcome["state"], outcome["live"], outcome["kernel"]) == ("holds", False, "6.18.44")
     assert outcome["lacks"] == "This kernel lacks toys: use one that has some."
-    for words in ("Recorded on kernel 6.18.44", "lacks toys", "Drawn from the run recorded",
+    for words in ("Recorded on kernel 6.18.44", "lacks toys",
                   "0 findings held on this kernel; 1 recorded run stood in and held."):  # fmt: skip
         assert words in text(shown)
 
