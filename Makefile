@@ -30,7 +30,7 @@ lab: setup ## JupyterLab on 127.0.0.1, with a new token
 	@provision/lab.sh
 
 bench-kernel: setup ## the kernel room's figures against their bars; exit status 0 if all hold
-	@$(ENTER) $(PYTHON) -m labkit.bench_kernel
+	@$(ENTER) $(PYTHON) -m labkit.bench_kernel --profile $(PROFILE)
 
 doctor: setup ## what this kernel can do, by trying
 	@$(ENTER) $(PYTHON) -m labkit doctor
