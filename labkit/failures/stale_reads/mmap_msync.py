@@ -63,7 +63,7 @@ _TRIED = (
     question="Must a map be mapped into memory and synchronised for an update to be seen?",
     claims=("1.5", "1.6", "1.12"),
     needs=("bpf", "compile", "test_run", "syscall_program", "mmapable_array", "two_cpus"),
-    quick={"updates": 10_000, "stores": 100_000},
+    quick={"updates": 10_000, "stores": 300_000},
     full={"updates": 100_000, "stores": 2_000_000},
 )
 def mmap_msync(*, updates: int, stores: int) -> Tables:
