@@ -79,7 +79,7 @@ class Replica:
     >>> with Map.create(MapKind.HASH, key="u4", value=layout, max_entries=8) as policy:
     ...     policy.update(80, (1, 7))
     ...     replica = Replica(policy)
-    ...     replica.load(policy.snapshot())
+    ...     replica.load(policy.snapshot(), started_ns=0)
     ...     int(replica.get(80).value["action"])
     7
     """
@@ -95,11 +95,12 @@ class Replica:
         self._present = np.zeros(0, np.bool_)
         self._seen_ns = np.zeros(0, np.uint64)
         # When a snapshot began in which the key was missing: what was committed before that is
-        # older than its absence. 0 where a key is present, or a change told of its delete.
+        # older than its absence. 0 once a change of the key was applied.
         self._missing_ns = np.zeros(0, np.uint64)
         self._values = np.zeros(0, self.value_dtype)
         self._latest = np.zeros(0, np.int64)  # scratch of `apply`
         self._slots = np.zeros(0, np.int32)
+        self._complete_ns = 0  # when the newest complete snapshot began
         self._grow(_LEAST_ROWS)
 
     def __len__(self) -> int:
@@ -139,13 +140,16 @@ class Replica:
 
     # -- applying ----------------------------------------------------------------------
 
-    def load(self, snapshot: Snapshot) -> None:
+    def load(self, snapshot: Snapshot, *, started_ns: int) -> None:
         """Fill an empty replica with a snapshot, at the least cost.
 
         Parameters
         ----------
         snapshot : Snapshot
             Its arrays become the replica's own: do not write into them afterwards.
+        started_ns : int
+            When the snapshot began, CLOCK_MONOTONIC nanoseconds. A change of a key that it
+            lacks is passed over if it was committed before.
 
         Raises
         ------
@@ -155,6 +159,8 @@ class Replica:
         if self._used:
             raise BadInput("This replica holds keys already: bring it up to date by resync.")
         count = len(snapshot)
+        if snapshot.complete:
+            self._complete_ns = started_ns
         if count == 0:
             return
         self._keys = self._as_words(snapshot.keys)
@@ -201,7 +207,8 @@ class Replica:
         if single and not any_deletes:
             version = changes["version"]
             fresh = ~self._known[rows] | (version > self._versions[rows])
-            fresh &= changes["committed_ns"] >= self._missing_ns[rows]
+            committed = changes["committed_ns"]
+            fresh &= (committed >= self._missing_ns[rows]) | (committed == 0)
             target, chosen = rows[fresh], fresh
         else:
             fresh, version = self._fresh_in_order(changes, rows, deletes)
@@ -271,10 +278,12 @@ class Replica:
         target = rows[newer]
         # A delete that was inferred is counted already when the key comes back.
         step = (versions[newer] - known[newer]).astype(np.int64)
-        step -= (~self._present[target] & (self._missing_ns[target] > 0)).astype(np.int64)
+        inferred = self._known[target] & ~self._present[target] & (self._missing_ns[target] > 0)
+        step -= inferred.astype(np.int64)
         steps = int(np.maximum(step, 1).sum())
         absent = np.zeros(0, np.int64)
         if snapshot.complete:
+            self._complete_ns = max(started_ns, 1)
             used = slice(0, self._used)
             missing = self._present[used] & (self._seen_ns[used] < np.uint64(started_ns))
             missing[rows] = False
@@ -293,7 +302,7 @@ class Replica:
         self._missing_ns[target] = 0
         self._values[target] = snapshot.values[newer]
         self._present[absent] = False
-        self._missing_ns[absent] = max(started_ns, 1)
+        self._missing_ns[absent] = self._complete_ns
         now = time.monotonic_ns()
         self._seen_ns[target] = self._seen_ns[absent] = now
         changes["seen_ns"] = now
@@ -363,6 +372,7 @@ class Replica:
             self._grow(self._used + len(added))
         for column, word in zip(self._keys, new, strict=True):
             column[added] = word
+        self._missing_ns[added] = self._complete_ns
         self._used += len(added)
         if _SLOTS_PER_ROW * self._used > len(self._slots):
             self._index_anew(self._used)

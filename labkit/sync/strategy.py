@@ -88,8 +88,8 @@ class Strategy(ABC):
         BadInput
             Nothing is attached, or the strategy is closed.
         """
-        self._check_attached()
-        assert self._table is not None
+        if self._table is None or self._closed:
+            raise self._unusable()
         return self._table
 
     @property
@@ -101,8 +101,8 @@ class Strategy(ABC):
         BadInput
             Nothing is attached, or the strategy is closed.
         """
-        self._check_attached()
-        assert self._replica is not None
+        if self._replica is None or self._closed:
+            raise self._unusable()
         return self._replica
 
     def attach(self, table: Map) -> Replica:
@@ -127,7 +127,7 @@ class Strategy(ABC):
             The kernel's refusal.
         """
         if self._closed:
-            raise BadInput("This strategy is closed: make a new one.")
+            raise self._unusable()
         if self._table is not None:
             raise BadInput(f"This strategy follows {self._table!r} already: make another one.")
         require_version(table, self._version)
@@ -135,7 +135,8 @@ class Strategy(ABC):
         try:
             self._replica = Replica(self._table, version=self._version)
             self._subscribe()
-            self._replica.load(self._table.snapshot())
+            started_ns = time.monotonic_ns()
+            self._replica.load(self._table.snapshot(), started_ns=started_ns)
         except BaseException:
             self.close()
             raise
@@ -161,7 +162,8 @@ class Strategy(ABC):
         BadInput
             The timeout is no bound, or nothing is attached.
         """
-        self._check_attached()
+        if self._replica is None or self._closed:
+            raise self._unusable()
         return self._collect(time.monotonic() + bounded(timeout_s))
 
     def changes(self, for_s: float) -> Iterator[Changes]:
@@ -238,11 +240,10 @@ class Strategy(ABC):
     def _nothing(self) -> Changes:
         return np.zeros(0, change_dtype(self.table.key_dtype, self.table.value_dtype))
 
-    def _check_attached(self) -> None:
+    def _unusable(self) -> BadInput:
         if self._closed:
-            raise BadInput("This strategy is closed: make a new one.")
-        if self._table is None or self._replica is None:
-            raise BadInput("This strategy follows no map yet: attach one.")
+            return BadInput("This strategy is closed: make a new one.")
+        return BadInput("This strategy follows no map yet: attach one.")
 
 
 def bounded(seconds: float) -> float:

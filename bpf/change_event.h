@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* How a program tells followers of a change that it made: labkit.sync.ring_events reads this. */
+/* Before including it define KEY and VALUE, the types of the map, and, as maps, RING and COUNTS; */
+/* WAKEUP as in wakeup.h, and PROGRAM, a number from 0 on that no other program of COUNTS has. */
+#ifndef CHANGE_EVENT_H
+#define CHANGE_EVENT_H
+
+#include "wakeup.h"
+
+#define CHANGE_UPDATE 1
+#define CHANGE_DELETE 2
+
+/* labkit.sync.changes.event_dtype is the same layout. */
+struct change_event {
+	u64 seq;           // how many changes this program had produced on this CPU before
+	u64 version;       // of the key; a delete has one of its own
+	u64 committed_ns;  // when the map had taken the change
+	u8 kind;
+	u8 program;
+	u16 cpu;
+	u32 dropped;       // how many of those that it had produced before found no room
+	KEY key __attribute__((aligned(8)));
+	VALUE value __attribute__((aligned(8)));
+};
+
+/* An element of COUNTS, a per-CPU array: produced = emitted + dropped, at any moment. */
+struct change_counts {
+	u64 emitted;
+	u64 dropped;
+};
+
+/* Call it once the map has taken the change; value is NULL for a delete. Dropped is what finds no
+ * room: the follower sees the count move, and reads the map instead.
+ */
+static inline void emit_change(u8 kind, KEY *key, VALUE *value, u64 version)
+{
+	u32 program = PROGRAM;
+	struct change_counts *counts = bpf_map_lookup_elem_(COUNTS, &program);
+	struct change_event *event;
+	u64 seq;
+
+	if (!counts)
+		return;
+	event = bpf_ringbuf_reserve(RING, sizeof(*event), 0);
+	if (!event) {
+		__sync_fetch_and_add(&counts->dropped, 1);
+		return;
+	}
+	seq = counts->emitted + counts->dropped;
+	event->seq = seq;
+	event->version = version;
+	event->committed_ns = bpf_ktime_get_ns();
+	event->kind = kind;
+	event->program = PROGRAM;
+	event->cpu = bpf_get_smp_processor_id();
+	event->dropped = counts->dropped;
+	event->key = *key;
+	if (value)
+		event->value = *value;
+	else
+		__builtin_memset(&event->value, 0, sizeof(event->value));
+	__sync_fetch_and_add(&counts->emitted, 1);
+	bpf_ringbuf_submit(event, wakeup(seq));
+}
+
+#endif

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: GPL-2.0
+// A writer that cooperates: it changes a map by a script, one operation a run, and emits each change
+// from the same run. Map, ring and counters are made by others and named by their descriptors.
+
+struct value {
+	u64 word[VALUE_WORDS];  // each one is the version: a torn value shows
+};
+
+#define KEY u64
+#define VALUE struct value
+#define TABLE ((void *)bpf_pseudo_fd(1, TABLE_FD))
+#define RING ((void *)bpf_pseudo_fd(1, RING_FD))
+#define COUNTS ((void *)bpf_pseudo_fd(1, COUNTS_FD))
+#define SCRIPT ((void *)bpf_pseudo_fd(1, SCRIPT_FD))
+#define CONTROL ((void *)bpf_pseudo_fd(1, CONTROL_FD))
+
+#include "change_event.h"
+
+// labkit.sync.event_writer.OPERATION is the same layout.
+struct operation {
+	u64 key;
+	u64 version;
+	u64 due_ns;    // after start_ns; 0: at once
+	u64 start_ns;  // filled in, as the ones below
+	u64 end_ns;
+	u32 kind;
+	s32 outcome;   // 0 or minus the errno
+};
+
+// labkit.sync.event_writer.CONTROL is the same layout.
+struct control {
+	u64 done;            // operations so far, all rounds together
+	u64 limit;           // stop there
+	u64 start_ns;
+	u64 at;              // place in the script
+	u64 round;           // how often the script was gone through
+	u64 round_ns;        // the schedule's length
+	u64 round_versions;  // what a round adds to every version
+};
+
+BPF_PERCPU_ARRAY(scratch, struct value, 1);  // 1024 bytes are too many for a program's stack
+
+int write_next(void *ctx)
+{
+	int zero = 0;
+	struct control *control = bpf_map_lookup_elem_(CONTROL, &zero);
+	struct value *value = scratch.lookup(&zero);
+	struct operation *op;
+	u64 now, version, key;
+	u32 at;
+	s32 outcome;
+
+	if (!control || !value || control->done >= control->limit)
+		return 0;
+	at = control->at;
+	op = bpf_map_lookup_elem_(SCRIPT, &at);
+	if (!op)
+		return 0;
+	now = bpf_ktime_get_ns();
+	if (op->due_ns && now < control->start_ns + control->round * control->round_ns + op->due_ns)
+		return 0;
+	op->start_ns = now;
+	key = op->key;
+	version = op->version + control->round * control->round_versions;
+	if (op->kind == CHANGE_DELETE) {
+		outcome = bpf_map_delete_elem_(TABLE, &key);
+		if (!outcome)
+			emit_change(CHANGE_DELETE, &key, NULL, version);
+	} else {
+		for (int i = 0; i < VALUE_WORDS; i++)
+			value->word[i] = version;
+		outcome = bpf_map_update_elem_(TABLE, &key, value, BPF_ANY);
+		if (!outcome)
+			emit_change(CHANGE_UPDATE, &key, value, version);
+	}
+	op->outcome = outcome;
+	op->end_ns = bpf_ktime_get_ns();
+	control->at++;
+	if (control->at == SCRIPT_OPERATIONS) {
+		control->at = 0;
+		control->round++;
+	}
+	control->done++;
+	return 0;
+}

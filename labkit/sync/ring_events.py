@@ -1,0 +1,285 @@
+"""Ring events: the program that writes the map says so, in a ring buffer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from labkit.errors import BadInput
+from labkit.kernel.libbpf import MapKind
+from labkit.kernel.maps import Map
+from labkit.kernel.ringbuf import RingReader, slot_bytes
+from labkit.sync.changes import Changes, change_dtype, event_dtype
+from labkit.sync.strategy import Stats, Strategy, bounded
+
+COUNTS = np.dtype([("emitted", "u8"), ("dropped", "u8")])
+"""``struct change_counts`` of bpf/change_event.h: what one program did on one CPU."""
+
+_NEVER = float("inf")
+_MOST = 65_536  # events a batch
+
+
+@dataclass(frozen=True)
+class Channel:
+    """What programs that emit changes and their follower share; a context manager.
+
+    Attributes
+    ----------
+    ring : Map
+        Ring buffer that carries the events of bpf/change_event.h.
+    counts : Map
+        Per-CPU array of `COUNTS`, one element for each program.
+
+    Examples
+    --------
+    A channel that somebody else's program uses is opened by id, pin or descriptor:
+
+    >>> with Channel.create(1 << 16) as theirs:
+    ...     ours = Channel(Map.from_id(theirs.ring.id), Map.from_id(theirs.counts.id, value=COUNTS))
+    ...     with RingEvents(ours) as strategy:
+    ...         pass
+    """
+
+    ring: Map
+    counts: Map
+
+    @classmethod
+    def create(cls, ring_bytes: int, *, programs: int = 1) -> Channel:
+        """Make a ring and its counters.
+
+        Parameters
+        ----------
+        ring_bytes : int
+            A power of two and whole pages.
+        programs : int
+            How many programs will write.
+        """
+        counts = Map.create(
+            MapKind.PERCPU_ARRAY, key="u4", value=COUNTS, max_entries=programs, name="counts"
+        )
+        try:
+            ring = Map.create(
+                MapKind.RINGBUF, key=None, value=None, max_entries=ring_bytes, name="changes"
+            )
+        except BaseException:
+            counts.close()
+            raise
+        return cls(ring, counts)
+
+    def close(self) -> None:
+        """Close both maps; safe to call twice."""
+        self.ring.close()
+        self.counts.close()
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class RingEvents(Strategy):
+    """Reads the events that the writing programs emit with each change.
+
+    It sees every version of every key, unless the ring overflows, and nothing of writers that
+    emit no event. That something was dropped shows in the programs' counters and in the
+    sequence of the events; then the map is read whole, and the replica has every key at the
+    version it was at when the reading began, or a newer one. This happens, in the middle of a
+    busy stream too, within ``timer_s`` + max(``resync_gap_s``, duration of the resync before)
+    + duration of one resync, while `poll` is called.
+
+    Parameters
+    ----------
+    channel : Channel
+        What the programs write to; it stays the caller's. A ring has one consumer.
+    version : str
+        As for `Strategy`.
+    timer_s : float
+        The longest sleep between two looks, seconds: the latency where a program wakes nobody.
+    gather_s : float
+        How long to let events gather once there is one, seconds: batches grow, and CPU per
+        change falls.
+    resync_gap_s : float
+        At least so long from the end of one resync to the next, seconds: under a writer that
+        overruns the ring all the time, reading the map must not become all that is done.
+
+    Examples
+    --------
+    >>> from labkit.kernel.libbpf import MapKind
+    >>> from labkit.sync.event_writer import EventWriter, updates
+    >>> with (
+    ...     Map.create(MapKind.HASH, key="u8", value="u8", max_entries=8) as table,
+    ...     Channel.create(1 << 16) as channel,
+    ...     EventWriter(table, channel, updates(keys=2, rounds=3)) as writer,
+    ...     RingEvents(channel) as strategy,
+    ... ):
+    ...     replica = strategy.attach(Map.from_id(table.id))
+    ...     writer.write(6)
+    ...     for changes in strategy.changes(for_s=1):
+    ...         break
+    ...     [(int(row["key"]), int(row["version"])) for row in changes]
+    ...     replica.get(1).version
+    [(0, 1), (1, 1), (0, 2), (1, 2), (0, 3), (1, 3)]
+    3
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        *,
+        version: str = "version",
+        timer_s: float = 0.1,
+        gather_s: float = 0.0,
+        resync_gap_s: float = 0.05,
+    ) -> None:
+        super().__init__(version=version)
+        if channel.counts.kind != MapKind.PERCPU_ARRAY or channel.counts.value_dtype != COUNTS:
+            raise BadInput(
+                f"The counters of a channel are a per-CPU array of COUNTS; {channel.counts!r} "
+                f"holds {channel.counts.value_dtype}: open it with value=COUNTS."
+            )
+        if bounded(timer_s) == 0:
+            raise BadInput("A timer of 0 s would never sleep: give more.")
+        self._channel = channel
+        self._timer_s = timer_s
+        self._gather_s = bounded(gather_s)
+        self._resync_gap_s = bounded(resync_gap_s)
+        self._reader: RingReader | None = None
+        self._resync_at = _NEVER  # when the next one is due, by time.monotonic
+        self._resync_from = 0.0  # and not before this
+
+    def stats(self) -> Stats:
+        """Counts of the programs since `attach`, and how the ring stands."""
+        if self._reader is None:
+            raise self._unusable()
+        produced, dropped = self._count()
+        ring = self._reader.stats()
+        return Stats(
+            produced=int((produced - self._produced_before).sum()),
+            delivered=self._delivered,
+            dropped=int((dropped - self._dropped_before).sum()),
+            coalesced=self._coalesced,
+            repaired=self._repaired,
+            resyncs=self._resyncs,
+            unread_bytes=ring.unread_bytes,
+            free_bytes=ring.free_bytes,
+            size_bytes=ring.capacity_bytes,
+        )
+
+    # -- the two accounts: counters and sequences ------------------------------------------
+
+    def _subscribe(self) -> None:
+        table = self.table
+        self._event = event_dtype(table.key_dtype, table.value_dtype)
+        self._change = change_dtype(table.key_dtype, table.value_dtype)
+        self._slot = slot_bytes(self._event.itemsize)
+        counts = self._channel.counts
+        self._buffers: list[npt.NDArray[np.uint64]] = []
+        self._looks: list[Callable[[], int]] = []
+        for program in range(counts.max_entries):
+            buffer = counts.value_buffer()
+            self._looks.append(counts.reader(program, buffer))
+            self._buffers.append(buffer.view(np.uint64).reshape(-1, 2))
+        # Counters first, ring second: what is counted by now and still unread shows itself by a
+        # smaller number (see _number).
+        self._produced_before, self._dropped_before = self._count()
+        self._dropped_seen = int(self._dropped_before.sum())
+        self._expected = np.full(len(self._produced_before), -1, np.int64)
+        self._reader = RingReader(self._channel.ring, self._event, batch=1)
+
+    def _unsubscribe(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+
+    def _count(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Changes produced and dropped so far by each source: a program on a CPU."""
+        for look in self._looks:
+            look()
+        both = np.concatenate(self._buffers).astype(np.int64)
+        return both.sum(axis=1), both[:, 1]
+
+    def _number(self, events: npt.NDArray[Any]) -> bool:
+        """Follow the numbers of each source; answers whether one is missing."""
+        cpus = len(self._buffers[0])
+        source = events["program"].astype(np.int64) * cpus + events["cpu"]
+        seq = events["seq"].astype(np.int64)
+        if (source == source[0]).all():
+            return self._number_one(int(source[0]), seq, events["dropped"])
+        gap = False
+        for one in np.unique(source).tolist():
+            here = source == one
+            gap |= self._number_one(one, seq[here], events["dropped"][here])
+        return gap
+
+    def _number_one(
+        self, source: int, seq: npt.NDArray[np.int64], dropped: npt.NDArray[np.uint32]
+    ) -> bool:
+        first, expected = int(seq[0]), int(self._expected[source])
+        if expected < 0:
+            # The first of this source. A number below the count at `attach` is an event that an
+            # earlier follower left unread: it is ours now, and our account begins with it.
+            expected = int(self._produced_before[source])
+            if first < expected:
+                known = int(self._dropped_before[source])
+                self._dropped_before[source] = known - (known - int(dropped[0])) % (1 << 32)
+                self._produced_before[source] = expected = first
+        self._expected[source] = int(seq[-1]) + 1
+        return first != expected or bool((np.diff(seq) != 1).any())
+
+    # -- following ---------------------------------------------------------------------------
+
+    def _collect(self, deadline: float) -> Changes:
+        assert self._reader is not None
+        while True:
+            now = time.monotonic()
+            until = min(deadline, self._pull_at(), now + self._timer_s)
+            if self._reader.wait(max(0.0, until - now)) and self._gather_s:
+                time.sleep(self._gather_s)
+            news = self._take()
+            if self._pull_at() <= time.monotonic():
+                news = np.concatenate([news, self._pull()])
+            if len(news) or time.monotonic() >= deadline:
+                return news
+
+    def _take(self) -> Changes:
+        """Read the ring into the replica, and see whether anything is missing."""
+        assert self._reader is not None
+        unread = self._reader.stats().unread_bytes
+        if not unread:
+            news = self._nothing()
+            lost = False
+        else:
+            room = min(unread // self._slot + 1, _MOST)
+            events = self._reader.read(np.empty(room, self._event))
+            lost = bool(len(events)) and self._number(events)
+            news = self._apply(events.view(self._change))
+        dropped = int(self._count()[1].sum())
+        if lost or dropped > self._dropped_seen:
+            self._dropped_seen = dropped
+            self._resync_at = min(self._resync_at, max(time.monotonic(), self._resync_from))
+        return news
+
+    def _pull_at(self) -> float:
+        """When the map is to be read whole, by time.monotonic."""
+        return self._resync_at
+
+    def _pull(self) -> Changes:
+        """Read the map whole; what was counted as dropped by now is in it."""
+        begun = time.monotonic()
+        self._resync_at = _NEVER
+        news = self._resync()
+        ended = time.monotonic()
+        self._resync_from = ended + max(self._resync_gap_s, ended - begun)
+        return news
