@@ -1,0 +1,257 @@
+"""A trace_printk, really watched; and what a line beside an update says of the update."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from labkit.analysis.runs import Triad
+from labkit.errors import BadInput, LabError
+from labkit.failures.experiment import Tables, experiment, say
+from labkit.kernel import programs
+from labkit.kernel.leftovers import helper_process, temporary_folder
+from labkit.kernel.programs import Function, Unit
+from labkit.kernel.tools import find_tool, tracefs_folder
+from labkit.kernel.tracing import PRINTK_EVENT, PrintedLines, printed_lines
+
+_ARTICLE_EVENT = "tracepoint:bpf:trace_printk"
+_ARTICLE_FOLDER = "bpf/trace_printk"
+_EVENT = PRINTK_EVENT.replace("/", ":")
+_STEPS = 20
+_LINES_AT_ONCE = 1_000  # a private buffer holds them with ease
+_MOST_CALLS = 100_000
+_PERF_LIMIT_S = 20.0
+
+_SETTINGS = (
+    # variant, case, function
+    ("broken", "NOEXIST on one key, print each call", "print_calls"),
+    ("control", "NOEXIST on new keys, print each call", "print_calls_on_new_keys"),
+    ("fixed", "NOEXIST on one key, print changes", "print_changes"),
+    ("fixed", "overwrite one key, print changes", "overwrite_and_print_changes"),
+)
+
+
+@experiment(
+    "printk-watch",
+    number=30,
+    family="kernel-facts",
+    question="Can a line of bpf_trace_printk be watched, and does it show that a map was updated?",
+    claims=("2.5b", "2.5c"),
+    needs=("bpf", "compile", "test_run", "tracefs", "hash"),
+    quick={"calls": 2_000, "perf_calls": 500},
+    full={"calls": 20_000, "perf_calls": 5_000},
+)
+def printk_watch(*, calls: int, perf_calls: int) -> Tables:
+    """Run the article's example and its cures, and read every line that they print.
+
+    ``bpf_trace_printk`` fires the trace event ``bpf_trace:bpf_trace_printk``
+    (kernel/trace/bpf_trace.c, since Linux 5.9, ac5a72ea5c89), which any instance of tracefs
+    can follow, and perf too. The example updates with ``BPF_NOEXIST`` and prints whatever the
+    update answered.
+
+    perf is used where it is installed; the table ``watchers`` says whether it was.
+
+    Parameters
+    ----------
+    calls : int
+        Runs of each program, 20 to 100,000.
+    perf_calls : int
+        Runs of the article's example under perf, at most as many.
+
+    Returns
+    -------
+    dict of DataFrame
+        ``counts``: an operation is a line that was read, an anomaly one that stands for no
+        change of the map; ``cost_ns`` is the kernel's own mean of a program run.
+        ``progress``: per case and step ``variant``, ``case``, ``calls``, ``lines`` (read),
+        ``printed`` (by the helper's answer), ``changed`` and ``exists`` (by the update's
+        answer), all since the start, and ``run_ns`` (float64). ``maps``: per case ``case``,
+        ``entries`` and ``newest`` (the highest number of a call that stands in the map, found
+        from user space). ``names``: ``event``, ``asked`` (``tracefs`` or
+        ``perf``), ``exists`` (bool), ``answer``. ``watchers``: ``watcher``, ``used`` (bool),
+        ``printed``, ``lines``, ``lost`` and ``answer`` (why it was not used).
+    """
+    if not _STEPS <= calls <= _MOST_CALLS or not 1 <= perf_calls <= calls:
+        raise BadInput(
+            f"calls of printk-watch are {_STEPS} to {_MOST_CALLS:,}, perf_calls at most as many."
+        )
+    mark = f"MAP_UPD {os.getpid()} "
+    progress, maps = [], []
+    with programs.load("printk_watch", ENTRIES=calls, OWNER=os.getpid()) as unit:
+        with printed_lines(mark) as lines:
+            for variant, case, name in _SETTINGS:
+                say(f"{calls} calls: {case}")
+                for row in _steps(unit, unit.function(name), lines, calls):
+                    progress.append({"variant": variant, "case": case, **row})
+                maps.append({"case": case, **_found(unit)})
+            lost = lines.lost()
+        say("the event's names, and perf")
+        example = unit.function(_SETTINGS[0][2])
+        by_perf = _watched_by_perf(unit, example, mark, perf_calls)
+    table = pd.DataFrame(progress)
+    last = table.groupby("case", sort=False).tail(1)
+    in_private = {
+        "watcher": "trace_pipe of a private instance",
+        "used": True,
+        "printed": int(last["printed"].sum()),
+        "lines": int(last["lines"].sum()),
+        "lost": lost,
+        "answer": "",
+    }
+    return {
+        "counts": _counts(table, last),
+        "progress": table,
+        "maps": pd.DataFrame(maps),
+        "names": _names(),
+        "watchers": pd.DataFrame([in_private, by_perf]),
+    }
+
+
+def _reset(unit: Unit) -> None:
+    counts, table = unit.map("counts"), unit.map("table")
+    counts.update(0, np.zeros(1, counts.value_dtype)[0])
+    table.delete_many(table.snapshot().keys)
+
+
+def _steps(
+    unit: Unit, function: Function, lines: PrintedLines, calls: int
+) -> list[dict[str, float]]:
+    _reset(unit)
+    counts = unit.map("counts")
+    read, done, rows = 0, 0, []
+    for step in range(1, _STEPS + 1):
+        spent = 0.0
+        wanted = calls * step // _STEPS - done
+        for start in range(0, wanted, _LINES_AT_ONCE):
+            repeat = min(_LINES_AT_ONCE, wanted - start)
+            spent += repeat * function.test_run(repeat=repeat).mean_ns
+            read += len(lines.read())
+        done += wanted
+        seen = counts.lookup(0)
+        rows.append(
+            {
+                "calls": done,
+                "lines": read,
+                "printed": int(seen["printed"]),
+                "changed": int(seen["changed"]),
+                "exists": int(seen["exists"]),
+                "run_ns": spent / wanted,
+            }
+        )
+    return rows
+
+
+def _found(unit: Unit) -> dict[str, int]:
+    """What stands in the map, whatever the program believes."""
+    snapshot = unit.map("table").snapshot()
+    return {"entries": len(snapshot), "newest": int(snapshot.values.max(initial=0))}
+
+
+def _names() -> pd.DataFrame:
+    rows: list[dict[str, object]] = []
+    for folder in (PRINTK_EVENT, _ARTICLE_FOLDER):
+        exists = (tracefs_folder() / "events" / folder).is_dir()
+        answer = "" if exists else "no such event"
+        rows.append({"event": folder.replace("/", ":"), "asked": "tracefs", "exists": exists,
+                     "answer": answer})  # fmt: skip
+    perf = find_tool("perf")
+    for event in (_EVENT, _ARTICLE_EVENT) if perf else ():
+        answer = _perf_answer(str(perf), event)
+        rows.append({"event": event, "asked": "perf", "exists": not answer, "answer": answer})
+    return pd.DataFrame(rows)
+
+
+def _perf_answer(perf: str, event: str) -> str:
+    """What perf says against an event; empty where it takes it."""
+    with temporary_folder() as folder:
+        command = [perf, "record", "-q", "-e", event, "-o", str(folder / "perf.data"), "--", "true"]
+        try:
+            done = _bounded(command)
+        except subprocess.TimeoutExpired:
+            return f"no answer within {_PERF_LIMIT_S:g} s"
+    if done.returncode == 0:
+        return ""
+    said = [line.strip(" \\_") for line in done.stderr.decode(errors="replace").splitlines()]
+    return next((line for line in said if "unknown" in line), "") or " ".join(said[:1]) or "refused"
+
+
+def _bounded(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PERF_LIMIT_S, check=False
+    )
+
+
+def _watched_by_perf(unit: Unit, example: Function, mark: str, calls: int) -> dict[str, object]:
+    row: dict[str, object] = {"watcher": "perf record and perf script", "used": False,
+                              "printed": 0, "lines": 0, "lost": 0, "answer": ""}  # fmt: skip
+    perf = find_tool("perf")
+    if perf is None:
+        return row | {"answer": "perf is not installed"}
+    _reset(unit)
+    try:
+        with temporary_folder() as folder:
+            data = folder / "perf.data"
+            _record(perf, data, mark, lambda: example.test_run(repeat=calls))
+            script = _bounded([perf, "script", "-i", str(data), "-F", "trace"])
+    except (OSError, LabError, subprocess.TimeoutExpired) as error:
+        return row | {"answer": f"perf did not record: {error}"}
+    printed = int(unit.map("counts").lookup(0)["printed"])
+    lines = script.stdout.count(mark.encode())
+    return row | {"used": True, "printed": printed, "lines": lines, "lost": printed - lines}
+
+
+def _record(perf: str, data: Path, mark: str, work: Callable[[], object]) -> None:
+    """Have perf record while some work is done; it says itself when it is ready."""
+    with ExitStack() as ends:
+        orders, to_perf = os.pipe()
+        from_perf, answers = os.pipe()
+        for end in (to_perf, from_perf):
+            ends.callback(os.close, end)
+        command = [
+            perf, "record", "-q", "-a", "-m", "1024", "-e", _EVENT,
+            "--filter", f'bpf_string ~ "{mark}*"', "-o", str(data),
+            "--delay=-1", f"--control=fd:{orders},{answers}",
+        ]  # fmt: skip
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(orders, answers),
+            )
+        finally:
+            os.close(orders)
+            os.close(answers)
+        ends.callback(process.wait)
+        ends.callback(process.kill)  # before the wait; nothing once it has ended
+        ends.enter_context(helper_process(process.pid))
+        os.write(to_perf, b"enable\n")
+        if not select.select([from_perf], [], [], _PERF_LIMIT_S)[0] or not os.read(from_perf, 64):
+            raise LabError("it did not get ready")
+        work()
+        process.send_signal(signal.SIGINT)
+        process.wait(_PERF_LIMIT_S)
+
+
+def _counts(table: pd.DataFrame, last: pd.DataFrame) -> pd.DataFrame:
+    triad = Triad("line without a change")
+    for variant, case, lines, changed in last[["variant", "case", "lines", "changed"]].itertuples(
+        index=False
+    ):
+        triad.add(
+            variant,
+            case=case,
+            operations=lines,
+            anomalies=max(0, lines - changed),
+            cost_ns=float(table.loc[table["case"] == case, "run_ns"].median()),
+        )
+    return triad.table()
