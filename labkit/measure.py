@@ -83,7 +83,7 @@ def measure(
     limit = TIME_LIMIT_S[profile] if time_limit_s is None else time_limit_s
     if not limit > 0:
         raise BadInput(f"A time limit is a number of seconds above 0, not {limit!r}.")
-    _check_writable(Path(folder))
+    check_writable(Path(folder))
     order = {
         "experiment": experiment,
         "profile": profile,
@@ -152,7 +152,7 @@ def _attend(
     return answer.decode(), [line for line in noise if line.strip()]
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Refuse at once what would only show when the run is saved."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
