@@ -37,7 +37,7 @@ from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, cpus, die_with_parent, shared_array
 from labkit.kernel.provenance import provenance, usage, usage_since
 from labkit.kernel.ringbuf import RingReader, slot_bytes, wakeup_constants
-from labkit.measure import RUNS
+from labkit.measure import RUNS, check_writable
 
 EVENT: Final = np.dtype(
     [("seq", "u8"), ("intended_ns", "u8"), ("committed_ns", "u8"), ("value", "u8")]
@@ -896,6 +896,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     try:
+        check_writable(chosen.folder)
         # In a child: bounded in time, and what it holds in the kernel goes with it.
         with Child(lambda: measure(chosen.profile)) as worker:
             run = worker.result(TIME_LIMIT_S[chosen.profile])
