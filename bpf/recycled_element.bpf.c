@@ -20,6 +20,7 @@ struct counts {
 	u64 absent;    // the lookup answered NULL
 	u64 foreign;   // used, and not A's
 	u64 rejected;  // found out by the reader's own check
+	u64 caught;    // rejected by a second lookup, and not A's
 	u64 given_up;  // rejected TRIES times in a row
 };
 
@@ -153,10 +154,14 @@ int use_and_look_again(void *ctx)
 	}
 	hold(value);
 	differ = foreign_words(value);
-	if (table.lookup(&a) != value)
-		COUNT(rejected);
-	else if (differ)
-		COUNT(foreign);
+	if (table.lookup(&a) == value) {
+		if (differ)
+			COUNT(foreign);
+		return 0;
+	}
+	COUNT(rejected);
+	if (differ)
+		COUNT(caught);
 	return 0;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from threading import Event
@@ -18,7 +19,11 @@ from labkit.kernel.libbpf import MapFlag
 from labkit.kernel.parallel import together
 from labkit.kernel.programs import Unit
 
-_CHUNK = 2_000  # program runs between two looks at the other CPU
+_CHUNK = 5_000  # program runs between two looks at the other CPU
+_RACE_S = 1.0  # bound of one race, where other load leaves us little of a CPU
+
+
+_COUNTED = ("absent", "foreign", "rejected", "caught", "given_up")
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ def recycled_element(*, holds: list[int], reads: int, writes: int, rounds: int) 
         Words that the program reads between lookup and use, at most 8192. The cures are
         measured with the longest.
     reads, writes : int
-        Lookups of A, and deletions of A, in each setting and round, at the least.
+        Lookups of A, and deletions of A, in each setting and round, at the least, unless
+        that takes more than a second.
     rounds : int
         Rounds of every setting, in turns, so that a burst of other load hits all alike.
 
@@ -90,8 +96,9 @@ def recycled_element(*, holds: list[int], reads: int, writes: int, rounds: int) 
         ``rounds``: one row per setting, hold and round with columns ``variant``, ``case``,
         ``hold`` (words), ``hold_ns`` (float64, nanoseconds of a lookup, hold and use with
         nobody writing), ``round``, ``reads``, ``absent``, ``foreign`` (another key's value
-        used), ``rejected`` (a read that the check refused), ``given_up`` (four refused in a
-        row), ``writes`` (int64).
+        used), ``rejected`` (a read that the check refused), ``caught`` (another key's value
+        among those, by looking up again), ``given_up`` (four refused in a row), ``writes``
+        (int64).
 
     Raises
     ------
@@ -163,10 +170,13 @@ class _Bench:
         self._counts.update(0, np.zeros((), self._counts.value_dtype)[()])
         reader = self._function(setting.reader)
         read_enough, written_enough = Event(), Event()
+        end = time.monotonic() + _RACE_S
 
         def read() -> tuple[int, float]:
             done, nanoseconds = 0, []
-            while done < reads or not written_enough.is_set():
+            while not done or (
+                (done < reads or not written_enough.is_set()) and time.monotonic() < end
+            ):
                 nanoseconds.append(reader.test_run(repeat=_CHUNK).mean_ns)
                 done += _CHUNK
             read_enough.set()
@@ -174,7 +184,7 @@ class _Bench:
 
         def write() -> int:
             writer, done = self._function(setting.writer), 0
-            while done < writes or not read_enough.is_set():
+            while (done < writes or not read_enough.is_set()) and time.monotonic() < end:
                 writer.test_run(repeat=_CHUNK)
                 done += _CHUNK
                 if done >= writes:
@@ -189,7 +199,7 @@ class _Bench:
         seen = self._counts.lookup(0)
         return {
             "reads": done,
-            **{name: int(seen[name]) for name in ("absent", "foreign", "rejected", "given_up")},
+            **{name: int(seen[name]) for name in _COUNTED},
             "writes": written,
             "ns": ns,
         }

@@ -32,10 +32,13 @@ _WRITES = 128  # updates in one call of the writer, each with another byte
 _READS = 250  # reads of a process between two looks at the writer
 _RUNS = 5_000  # runs of a program between two looks at the writer
 _LEAST_CALLS = 20  # a reader goes on until the writer has called that often
-_RARER = 5  # programs read a hash so many times more: its reads are torn less often
+_LONG = 1024  # bytes; a hash is torn so seldom that programs read it more often ...
+_RARER_SHORT, _RARER_LONG = 3, 10  # ... by these factors, below that size and from there on
+_RACE_S = 1.0  # bound of one race, where other load leaves us little of a CPU
 _LIMIT_S = 30.0
 
 Words = npt.NDArray[np.uint64]
+Enough = Callable[[int, int], bool]  # of reads done and reads wanted
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,8 @@ def torn_reads(
         Payload size at which the cures are measured, one of ``sizes``.
     process_reads, program_reads : int
         Reads in each setting and round, at the least (by a program of a hash, which is torn
-        more seldom, five times as many); a reader goes on until the writer has
-        had its share of the machine too.
+        more seldom, three to ten times as many); a reader goes on until the writer has
+        had its share of the machine too, a second at the most.
     rounds : int
         Rounds of every setting, in turns, so that a burst of other load hits all alike.
 
@@ -245,9 +248,14 @@ class _Bench:
             try:
                 if setting.written and not writing.wait(_LIMIT_S):
                     raise TimedOut("The writer of torn-reads did not begin.")
+                end = time.monotonic() + _RACE_S
+
+                def enough(done: int, wanted: int) -> bool:
+                    return (done >= wanted and calls[0] >= least) or time.monotonic() > end
+
                 if setting.reader == "process":
-                    return self._read_by_process(setting, table, lambda: calls[0] >= least)
-                return self._read_by_program(setting, lambda: calls[0] >= least)
+                    return self._read_by_process(setting, table, enough)
+                return self._read_by_program(setting, enough)
             finally:
                 stop.set()
 
@@ -266,10 +274,12 @@ class _Bench:
             **done,
         }
 
-    def _read_by_program(self, setting: _Setting, enough: Callable[[], bool]) -> dict[str, object]:
+    def _read_by_program(self, setting: _Setting, enough: Enough) -> dict[str, object]:
         function, reads, nanoseconds = self._functions[setting.function], 0, []
-        wanted = self._program_reads * (_RARER if setting.table == "in_hash" else 1)
-        while reads < wanted or not enough():
+        wanted = self._program_reads
+        if setting.table == "in_hash":
+            wanted *= _RARER_LONG if self._size >= _LONG else _RARER_SHORT
+        while not reads or not enough(reads, wanted):
             nanoseconds.append(function.test_run(repeat=_RUNS).mean_ns)
             reads += _RUNS
         seen = self._counts.lookup(0)
@@ -279,13 +289,11 @@ class _Bench:
             "read_ns": float(np.median(nanoseconds)),
         }
 
-    def _read_by_process(
-        self, setting: _Setting, table: Map, enough: Callable[[], bool]
-    ) -> dict[str, object]:
+    def _read_by_process(self, setting: _Setting, table: Map, enough: Enough) -> dict[str, object]:
         reader = _Reader(table, setting)
         total = dict.fromkeys(("reads", *_COUNTED), 0)
         nanoseconds = []
-        while total["reads"] + total["absent"] < self._process_reads or not enough():
+        while not nanoseconds or not enough(total["reads"] + total["absent"], self._process_reads):
             nanoseconds.append(reader.read())
             for name, count in reader.judge().items():
                 total[name] += count
