@@ -905,8 +905,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(figure)
         holds = findings.bench_kernel(run).holds
         print(f"saved as {run.path}")
-        if chosen.record:
+        if chosen.record and holds:
             print(f"recorded as {runs.record(run)}")
+        elif chosen.record:
+            print("not recorded: a bar falls short", file=sys.stderr)
         return 0 if holds else 1
     except LabError as error:
         print(error, file=sys.stderr)
