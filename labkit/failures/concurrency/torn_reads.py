@@ -292,7 +292,7 @@ class _Bench:
     def _read_by_process(self, setting: _Setting, table: Map, enough: Enough) -> dict[str, object]:
         reader = _Reader(table, setting)
         total = dict.fromkeys(("reads", *_COUNTED), 0)
-        nanoseconds = []
+        nanoseconds: list[float] = []
         while not nanoseconds or not enough(total["reads"] + total["absent"], self._process_reads):
             nanoseconds.append(reader.read())
             for name, count in reader.judge().items():
