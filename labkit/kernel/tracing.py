@@ -63,8 +63,8 @@ def printed_lines(mark: str) -> Iterator[PrintedLines]:
     Parameters
     ----------
     mark : str
-        Letters, digits, spaces, underscores and colons: every program of the machine prints
-        into the same event, so the mark must be this process's own.
+        A letter, then letters, digits, spaces, underscores and colons. Every program of the
+        machine prints into the same event, so the mark must be this process's own.
 
     Yields
     ------
@@ -78,8 +78,11 @@ def printed_lines(mark: str) -> Iterator[PrintedLines]:
     Unavailable
         tracefs is not mounted, or refuses.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_: ]+", mark):
-        raise BadInput(f"A mark has letters, digits, spaces, underscores and colons, not {mark!r}.")
+    # A pattern that begins with a digit is an index to the kernel (filter_parse_regex).
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_: ]*", mark):
+        raise BadInput(
+            f"A mark is a letter, then letters, digits, spaces, _ and :, which {mark!r} is not."
+        )
     with trace_instance() as folder:
         event = folder / "events" / PRINTK_EVENT
         (event / "filter").write_text(f'bpf_string ~ "{mark}*"')

@@ -11,8 +11,8 @@ from labkit.analysis.runs import Triad
 from labkit.errors import BadInput
 from labkit.failures.experiment import Tables, experiment, say
 from labkit.kernel import programs
-from labkit.kernel.leftovers import trace_instance
 from labkit.kernel.programs import Function
+from labkit.kernel.tracing import PrintedLines, printed_lines
 
 _TEXT_BYTES = 4096
 _ARGUMENTS = 12  # as many as bpf_trace_vprintk takes
@@ -20,7 +20,6 @@ _ARGUMENTS = 12  # as many as bpf_trace_vprintk takes
 # MAX_BPRINTF_BUF), and of all arguments of one call (MAX_BPRINTF_BIN_ARGS).
 _OUTPUT_BYTES, _STRING_BYTES = 1024, 512
 _REGISTERS = 3  # what is left of five for arguments of the format
-_MARK = b"bpf_trace_printk: "
 _ODD_FORMATS = (
     ("no NUL at the end", b"abc"),
     ("%f", b"%f\0"),
@@ -82,10 +81,12 @@ def trace_printk_limits(*, text_bytes: list[int], messages: int) -> Tables:
         raise BadInput(f"text_bytes of trace-printk-limits are 16 to {_TEXT_BYTES - 1}.")
     if messages > 1000:
         raise BadInput("trace-printk-limits prints at most 1000 messages of every length.")
+    tag = f"p{os.getpid():06x}:"
     with (
         programs.load("trace_printk_limits", TEXT_BYTES=_TEXT_BYTES, ARGUMENTS=_ARGUMENTS) as unit,
-        _Printer(unit) as printer,
+        printed_lines(tag) as lines,
     ):
+        printer = _Printer(unit, lines, tag)
         say(f"{messages} messages of each of {len(text_bytes)} lengths, printed in three ways")
         lengths = pd.DataFrame(
             [
@@ -117,30 +118,15 @@ def trace_printk_limits(*, text_bytes: list[int], messages: int) -> Tables:
 
 
 class _Printer:
-    """Prints what it is told, and reads back from a trace instance of its own."""
+    """Prints what it is told, and reads back what came out."""
 
-    def __init__(self, unit: programs.Unit) -> None:
+    def __init__(self, unit: programs.Unit, lines: PrintedLines, tag: str) -> None:
         self._orders = unit.map("orders")
         self.register = unit.function("print")
         self.text = unit.function("print_text")
         self.array = unit.function("print_array")
-        # Other programs of this machine print into the same event: ours begin with this.
-        self.tag = f"{os.getpid():07x}:".encode()
-        self._instance = trace_instance()
-
-    def __enter__(self) -> _Printer:
-        folder = self._instance.__enter__()
-        try:
-            (folder / "events/bpf_trace/bpf_trace_printk/enable").write_text("1")
-            self._pipe = os.open(folder / "trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
-        except BaseException:
-            self._instance.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._pipe)
-        self._instance.__exit__(None, None, None)
+        self._lines = lines
+        self.tag = tag.encode()
 
     def message(self, size: int) -> bytes:
         """A message of so many bytes that shows where it was cut."""
@@ -165,17 +151,7 @@ class _Printer:
         self._orders.update(0, order[0])
         done = function.test_run(repeat=times)
         returned = int(np.uint32(done.value).astype(np.int32))
-        return returned, float(done.mean_ns), self._drain()
-
-    def _drain(self) -> list[bytes]:
-        raw = bytearray()
-        try:
-            while piece := os.read(self._pipe, 1 << 16):
-                raw += piece
-        except BlockingIOError:
-            pass
-        messages = (line.partition(_MARK)[2] for line in bytes(raw).split(b"\n"))
-        return [message for message in messages if message.startswith(self.tag)]
+        return returned, float(done.mean_ns), self._lines.read()
 
 
 def _by_format(printer: _Printer, size: int, times: int) -> dict[str, object]:
