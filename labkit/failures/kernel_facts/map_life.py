@@ -102,7 +102,7 @@ _OWN = "own descriptor"
     question="Does close() free a map, and if not, who keeps it alive?",
     claims=("2.1a",),
     needs=("bpf", "compile", "map_in_map", "mmapable_array", "bpffs_detached"),
-    quick={"rounds": 3, "hold_ms": 20, "descriptors": 64},
+    quick={"rounds": 3, "hold_ms": 20, "descriptors": 128},
     full={"rounds": 25, "hold_ms": 50, "descriptors": 256},
 )
 def map_life(*, rounds: int, hold_ms: int, descriptors: int) -> Tables:
