@@ -1,4 +1,4 @@
-"""Key and value layouts from a map's BTF, as NumPy dtypes."""
+"""Layouts from BTF: a map's key and value as NumPy dtypes, and the kernel's own structs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from labkit.errors import Unavailable
 from labkit.kernel import libbpf
 
 _INT, _ARRAY, _STRUCT, _UNION, _ENUM, _TYPEDEF = 1, 3, 4, 5, 6, 8
@@ -63,6 +64,65 @@ def dtype_of(btf_id: int, type_id: int) -> np.dtype[np.void] | None:
         return _layout(_types(btf_id), type_id)
     except (OSError, NotImplementedError):
         return None
+
+
+@functools.cache
+def member_offset(struct_name: str, member: str) -> int:
+    """Where a member stands in a struct of the running kernel.
+
+    Parameters
+    ----------
+    struct_name, member : str
+        As in the kernel's C: ``"bpf_map"``, ``"id"``. Members of anonymous structs and unions
+        inside it count as its own.
+
+    Returns
+    -------
+    int
+        Offset in bytes.
+
+    Raises
+    ------
+    Unavailable
+        The kernel shows no BTF, or it has no such member.
+    """
+    lib = libbpf.library()
+    kernel = _kernel_btf()
+    type_id = lib.btf__find_by_name_kind(kernel, struct_name.encode(), _STRUCT)
+    bits = None if type_id < 0 else _member_bits(lib, kernel, type_id, member)
+    if bits is None:
+        raise Unavailable(
+            f"This kernel's BTF has no member {member} in struct {struct_name}: what needs it "
+            "was written for another kernel."
+        )
+    return bits // 8
+
+
+@functools.cache
+def _kernel_btf() -> int:
+    # Kept for the life of the process: it is parsed once, and every answer comes from it.
+    found: int | None = libbpf.library().btf__load_vmlinux_btf()
+    if not found:
+        raise Unavailable(
+            "This kernel shows no BTF (/sys/kernel/btf/vmlinux): it must be built with "
+            "CONFIG_DEBUG_INFO_BTF."
+        )
+    return found
+
+
+def _member_bits(lib: ctypes.CDLL, kernel: int, type_id: int, member: str) -> int | None:
+    at = lib.btf__type_by_id(kernel, type_id)
+    _, bits, _ = struct.unpack("=III", ctypes.string_at(at, 12))
+    for i in range(bits & 0xFFFF):
+        name, inner, place = struct.unpack("=III", ctypes.string_at(at + 12 + 12 * i, 12))
+        if bits >> 31:
+            place &= 0xFFFFFF  # the upper byte is the width of a bit field
+        if name:
+            if lib.btf__name_by_offset(kernel, name) == member.encode():
+                return place
+        elif (below := _member_bits(lib, kernel, inner, member)) is not None:
+            return int(place + below)
+    return None
 
 
 def _types(btf_id: int) -> list[_Type]:

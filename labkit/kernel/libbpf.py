@@ -317,6 +317,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "bpf_link_create": (c_int, c_int, c_int, c_void_p),
     "libbpf_find_vmlinux_btf_id": (c_char_p, c_int),
     "libbpf_num_possible_cpus": (),
+    "btf__find_by_name_kind": (c_void_p, c_char_p, c_uint32),
     "bpf_object__load": (c_void_p,),
     "bpf_map__fd": (c_void_p,),
     "bpf_map__set_initial_value": (c_void_p, c_char_p, c_size_t),
@@ -328,6 +329,8 @@ _ANSWERS_POINTER: dict[str, tuple[Any, ...]] = {
     "bpf_object__open_mem": (c_char_p, c_size_t, c_void_p),
     "bpf_object__find_map_by_name": (c_void_p, c_char_p),
     "bpf_object__find_program_by_name": (c_void_p, c_char_p),
+    "btf__load_vmlinux_btf": (),
+    "btf__type_by_id": (c_void_p, c_uint32),
 }
 
 
@@ -362,6 +365,8 @@ def library() -> ctypes.CDLL:
         function = getattr(lib, name)
         function.argtypes = list(arguments)
         function.restype = c_void_p
+    lib.btf__name_by_offset.argtypes = [c_void_p, c_uint32]
+    lib.btf__name_by_offset.restype = c_char_p
     lib.bpf_object__close.argtypes = [c_void_p]
     lib.bpf_object__close.restype = None
     silent = ctypes.CFUNCTYPE(c_int, c_int, c_char_p, c_void_p)(lambda *_: 0)
