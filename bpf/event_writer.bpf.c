@@ -6,6 +6,14 @@ struct value {
 	u64 word[VALUE_WORDS];  // each one is the version: a torn value shows
 };
 
+// Two programs that write one key at the same time must agree on an order: here the lock in the
+// value gives it, and the number of the version too. Their events may still overtake each other.
+struct locked_value {
+	struct bpf_spin_lock lock;
+	u32 spare;
+	u64 version;
+};
+
 #define KEY u64
 #define VALUE struct value
 #define TABLE ((void *)bpf_pseudo_fd(1, TABLE_FD))
@@ -38,6 +46,22 @@ struct control {
 	u64 round_versions;  // what a round adds to every version
 };
 
+#ifdef LOCKED
+static inline s32 write_locked(u64 *key, struct value *value, u64 *version)
+{
+	struct locked_value *there = bpf_map_lookup_elem_(TABLE, key);
+
+	if (!there)
+		return -2;  // ENOENT
+	bpf_spin_lock(&there->lock);
+	*version = ++there->version;
+	bpf_spin_unlock(&there->lock);
+	value->word[0] = 0;
+	value->word[1] = *version;
+	return 0;
+}
+#endif
+
 BPF_PERCPU_ARRAY(scratch, struct value, 1);  // 1024 bytes are too many for a program's stack
 
 int write_next(void *ctx)
@@ -67,9 +91,14 @@ int write_next(void *ctx)
 		if (!outcome)
 			emit_change(CHANGE_DELETE, &key, NULL, version);
 	} else {
+#ifdef LOCKED
+		outcome = write_locked(&key, value, &version);
+		op->version = version;
+#else
 		for (int i = 0; i < VALUE_WORDS; i++)
 			value->word[i] = version;
 		outcome = bpf_map_update_elem_(TABLE, &key, value, BPF_ANY);
+#endif
 		if (!outcome)
 			emit_change(CHANGE_UPDATE, &key, value, version);
 	}

@@ -76,6 +76,9 @@ class EventWriter:
         When the follower is woken: one of `labkit.kernel.ringbuf.WAKEUPS`.
     wakeup_at : int
         Records (``every-n``) or unread bytes (``adaptive``).
+    locked : bool
+        The table is that of bpf/locked_table.bpf.c: add 1 to the version in the map, under the
+        value's lock, and put it into the script. So several writers may race for one key.
 
     Attributes
     ----------
@@ -116,6 +119,7 @@ class EventWriter:
         program: int = 0,
         wakeup: str = "default",
         wakeup_at: int = 1,
+        locked: bool = False,
     ) -> None:
         if table.key_size != 8 or table.value_size % 8 or not 8 <= table.value_size <= 1024:
             raise BadInput(
@@ -129,7 +133,9 @@ class EventWriter:
                 f"The channel counts for {channel.counts.max_entries} programs: number {program} "
                 "is none of them."
             )
-        wakeups = wakeup_constants(wakeup, wakeup_at)
+        constants = wakeup_constants(wakeup, wakeup_at)
+        if locked:
+            constants["LOCKED"] = 1
         self._open = ExitStack()
         self._maps: list[Map] = []
         try:
@@ -148,7 +154,7 @@ class EventWriter:
                     SCRIPT_OPERATIONS=len(script),
                     VALUE_WORDS=table.value_size // 8,
                     PROGRAM=program,
-                    **wakeups,
+                    **constants,
                 )
             )
             self._function = unit.function("write_next")

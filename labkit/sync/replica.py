@@ -94,8 +94,8 @@ class Replica:
         self._known = np.zeros(0, np.bool_)  # a change of this key was applied
         self._present = np.zeros(0, np.bool_)
         self._seen_ns = np.zeros(0, np.uint64)
-        # When a snapshot began in which the key was missing: what was committed before that is
-        # older than its absence. 0 once a change of the key was applied.
+        # When the newest snapshot began in which the key was missing: what was committed before
+        # that is older than its absence.
         self._missing_ns = np.zeros(0, np.uint64)
         self._values = np.zeros(0, self.value_dtype)
         self._latest = np.zeros(0, np.int64)  # scratch of `apply`
@@ -178,7 +178,8 @@ class Replica:
         """Apply a batch; a change that is older than what its key was at is passed over.
 
         A delete with version 0 names none (a hook sees no value): it is a delete of the newest
-        version that came before it.
+        version that came before it. If that version arrives after it, the delete was that of an
+        older one, and is undone.
 
         Parameters
         ----------
@@ -221,7 +222,6 @@ class Replica:
         self._known[target] = True
         self._versions[target] = version[chosen]
         self._present[target] = ~deletes[chosen]
-        self._missing_ns[target] = 0
         self._values[target] = changes["value"][chosen]
         now = time.monotonic_ns()
         self._seen_ns[target] = now
@@ -233,25 +233,31 @@ class Replica:
     ) -> tuple[Bools, npt.NDArray[np.uint64]]:
         """Which changes are newer than all before them of their key, and their versions."""
         order = np.argsort(rows, kind="stable")
-        row, delete = rows[order], deletes[order]
+        row, delete = rows[order], deletes[order].astype(np.uint64)
         version = changes["version"][order]
         committed = changes["committed_ns"][order]
         first = np.append(True, row[1:] != row[:-1])
-        known = np.where(self._known[row], self._versions[row], 0)
+        group = np.cumsum(first)
+        # One number for all that orders the changes of a key: 0 before any is known, and behind
+        # each version its delete.
+        known = 2 * self._versions[row] + ~self._present[row] + 1
+        known[~self._known[row]] = 0
+        state = 2 * version + delete + 1
         # What was committed before the key was found missing is older than that.
         untimely = (committed < self._missing_ns[row]) & (committed > 0)
-        told = np.where(untimely, 0, np.maximum(version, known))
-        newest = _running_max(np.cumsum(first) - 1, told)  # own version included
-        before = np.where(first, known, np.append(0, newest[:-1]).astype(np.uint64))
-        untold = delete & (version == 0)
+        state[untimely] = 0
+        untold = (delete == 1) & (version == 0)
         if untold.any():
-            version = np.where(untold, before, version)
+            state[untold] = 0
+            before = _newest_before(group, first, known, state)
+            at = before[untold]
+            version[untold] = (np.maximum(at, 1) - 1) // 2
+            state[untold] = np.where(at > 0, 2 * version[untold] + 2, 0)
+            state[untimely] = 0
             changes["version"][order[untold]] = version[untold]
-        there = np.where(first, self._present[row], np.append(False, ~delete[:-1]))
-        fresh = (version > before) | (first & ~self._known[row] & ~untold)
-        fresh |= delete & there & (version == before)
         answer, versions = np.empty(len(rows), np.bool_), np.empty(len(rows), np.uint64)
-        answer[order], versions[order] = fresh & ~untimely, version
+        answer[order] = state > _newest_before(group, first, known, state)
+        versions[order] = version
         return answer, versions
 
     def resync(self, snapshot: Snapshot, *, started_ns: int) -> Resynced:
@@ -274,7 +280,10 @@ class Replica:
         versions = versions_of(snapshot.values, self._field)
         rows = self._find_or_add(self._as_words(snapshot.keys), distinct=True)
         known = np.where(self._known[rows], self._versions[rows], 0)
-        newer = np.flatnonzero(~self._known[rows] | (versions > known))
+        # A delete that named no version may have been that of an older one.
+        back = ~self._present[rows] & (versions == known)
+        back &= self._seen_ns[rows] < np.uint64(started_ns)
+        newer = np.flatnonzero(~self._known[rows] | (versions > known) | back)
         target = rows[newer]
         # A delete that was inferred is counted already when the key comes back.
         step = (versions[newer] - known[newer]).astype(np.int64)
@@ -299,7 +308,6 @@ class Replica:
         self._known[target] = True
         self._versions[target] = versions[newer]
         self._present[target] = True
-        self._missing_ns[target] = 0
         self._values[target] = snapshot.values[newer]
         self._present[absent] = False
         self._missing_ns[absent] = self._complete_ns
@@ -417,13 +425,16 @@ class Replica:
             self._index_anew(room)
 
 
-def _running_max(
-    group: npt.NDArray[np.int64], numbers: npt.NDArray[np.uint64]
+def _newest_before(
+    group: npt.NDArray[np.int64],
+    first: Bools,
+    known: npt.NDArray[np.uint64],
+    state: npt.NDArray[np.uint64],
 ) -> npt.NDArray[np.uint64]:
-    """Running maximum within groups that are numbered in increasing order."""
-    if ((numbers[1:] >= numbers[:-1]) | (group[1:] != group[:-1])).all():
-        return numbers
-    values, rank = np.unique(numbers, return_inverse=True)
-    running = np.maximum.accumulate(group * len(values) + rank) % len(values)
-    answer: npt.NDArray[np.uint64] = values[running]
-    return answer
+    """Largest state of the same group before each row, what was known before the batch included."""
+    newest = np.maximum(known, state)
+    falls = (newest[1:] < newest[:-1]) & ~first[1:]
+    if falls.any():
+        values, rank = np.unique(newest, return_inverse=True)
+        newest = values[np.maximum.accumulate(group * len(values) + rank) % len(values)]
+    return np.where(first, known, np.append(known[:1], newest[:-1]))

@@ -159,6 +159,11 @@ class RingEvents(Strategy):
         self._resync_at = _NEVER  # when the next one is due, by time.monotonic
         self._resync_from = 0.0  # and not before this
 
+    @property
+    def behind(self) -> bool:
+        """Whether a drop was noticed and not repaired yet."""
+        return self._resync_at < _NEVER
+
     def stats(self) -> Stats:
         """Counts of the programs since `attach`, and how the ring stands."""
         if self._reader is None:

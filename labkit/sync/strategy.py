@@ -185,6 +185,11 @@ class Strategy(ABC):
             if len(some):
                 yield some
 
+    @property
+    def behind(self) -> bool:
+        """Whether changes are known to be missing here, until the resync that is due."""
+        return False
+
     @abstractmethod
     def stats(self) -> Stats:
         """What became of the changes since `attach`."""

@@ -1,0 +1,252 @@
+"""The replica against a brute-force one, and its index against a dictionary. No kernel is used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from labkit.errors import BadInput
+from labkit.kernel.maps import Snapshot
+from labkit.sync.changes import ChangeKind, Changes, change_dtype, event_dtype, versions_of
+from labkit.sync.replica import Replica
+
+KEY, VALUE = np.dtype("u4"), np.dtype([("version", "u8"), ("payload", "u4")])
+ROW = tuple[int, int, int, int]  # kind, key, version, committed_ns
+
+
+def layout(key: Any = KEY, value: Any = VALUE) -> Any:
+    """What a replica wants to know of a map."""
+    key, value = np.dtype(key), np.dtype(value)
+    return SimpleNamespace(
+        key_dtype=key, value_dtype=value, key_size=key.itemsize, value_size=value.itemsize
+    )
+
+
+def batch(rows: list[ROW]) -> Changes:
+    changes = np.zeros(len(rows), change_dtype(KEY, VALUE))
+    for i, (kind, key, version, committed_ns) in enumerate(rows):
+        changes[i]["kind"], changes[i]["key"] = kind, key
+        changes[i]["version"], changes[i]["committed_ns"] = version, committed_ns
+        changes[i]["value"] = (version, key) if kind == ChangeKind.UPDATE else (0, 0)
+    return changes
+
+
+def snapshot(entries: dict[int, int], *, complete: bool = True) -> Snapshot:
+    values = np.zeros(len(entries), VALUE)
+    values["version"], values["payload"] = list(entries.values()), list(entries)
+    return Snapshot(np.array(list(entries), KEY), values, complete=complete, restarts=0)
+
+
+@dataclass
+class Known:
+    version: int = -1
+    present: bool = False
+    missing_ns: int = 0
+
+
+class Oracle:
+    """The same rules, one change at a time."""
+
+    def __init__(self) -> None:
+        self.keys: dict[int, Known] = {}
+        self.complete_ns = 0
+
+    def apply(self, rows: list[ROW]) -> list[bool]:
+        return [self._apply(*row) for row in rows]
+
+    def _apply(self, kind: int, key: int, version: int, committed_ns: int) -> bool:
+        known = self.keys.setdefault(key, Known(missing_ns=self.complete_ns))
+        if 0 < committed_ns < known.missing_ns:
+            return False
+        delete = kind == ChangeKind.DELETE
+        if delete and version == 0:
+            if known.version < 0 or not known.present:
+                return False
+            version = known.version
+        if not (version > known.version or (delete and known.present and version == known.version)):
+            return False
+        known.version, known.present = version, not delete
+        return True
+
+    def resync(self, entries: dict[int, int], complete: bool, now_ns: int) -> set[tuple[int, int]]:
+        changed = set()
+        for key, version in entries.items():
+            known = self.keys.setdefault(key, Known(missing_ns=self.complete_ns))
+            if version > known.version:
+                known.version, known.present = version, True
+                changed.add((key, version))
+        if complete:
+            self.complete_ns = now_ns
+            for key, known in self.keys.items():
+                if known.present and key not in entries:
+                    known.present, known.missing_ns = False, now_ns
+                    changed.add((key, -known.version))
+        return changed
+
+    def contents(self) -> dict[int, int]:
+        return {key: known.version for key, known in self.keys.items() if known.present}
+
+
+def contents(replica: Replica) -> dict[int, int]:
+    keys, versions, values = replica.contents()
+    assert np.array_equal(values["version"], versions)
+    assert np.array_equal(values["payload"], keys), "a value stands with another key"
+    return dict(zip(keys.tolist(), versions.tolist(), strict=True))
+
+
+rows = st.lists(
+    st.tuples(st.sampled_from([1, 1, 1, 2]), st.integers(0, 5), st.integers(0, 9), st.just(0)),
+    max_size=12,
+)
+steps = st.lists(
+    st.one_of(
+        rows.map(lambda some: ("apply", some)),
+        st.tuples(
+            st.dictionaries(st.integers(0, 5), st.integers(1, 9), max_size=5), st.booleans()
+        ).map(lambda some: ("resync", *some)),
+    ),
+    max_size=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps=steps, committed=st.randoms(use_true_random=False))
+def test_it_does_what_one_change_at_a_time_would_do(steps: list[Any], committed: Any) -> None:
+    replica, oracle = Replica(layout()), Oracle()
+    far = 2**62  # a clock of our own, ahead of the replica's: what was seen lies before it
+    for place, (what, given_rows, *complete) in enumerate(steps):
+        if what == "apply":
+            timed = [(*row[:3], committed.choice([0, far, far + 2 * place])) for row in given_rows]
+            changes = batch(timed)
+            assert replica.apply(changes).tolist() == oracle.apply(timed)
+        else:
+            now_ns = far + 2 * place + 1
+            changed = replica.resync(snapshot(given_rows, complete=complete[0]), started_ns=now_ns)
+            signed = {
+                (int(row["key"]), int(row["version"]) * (1 if row["kind"] == 1 else -1))
+                for row in changed.changes
+            }
+            assert signed == oracle.resync(given_rows, complete[0], now_ns)
+        assert contents(replica) == oracle.contents()
+        assert len(replica) == len(oracle.contents())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    key=st.sampled_from(["u1", "u4", "u8", "V3", "V12", "V20", [("a", "u4"), ("b", "u8")]]),
+    count=st.integers(1, 2_000),
+    seed=st.integers(0, 99),
+)
+def test_keys_of_any_size_are_found_again(key: Any, count: int, seed: int) -> None:
+    dtype = np.dtype(key)
+    raw = np.random.default_rng(seed).integers(0, 4, (count, dtype.itemsize), np.uint8)
+    keys = np.unique(raw.reshape(-1).view(f"V{dtype.itemsize}")).view(dtype)
+    replica = Replica(layout(dtype, "u8"))
+    changes = np.zeros(len(keys), change_dtype(dtype, "u8"))
+    changes["kind"], changes["key"], changes["version"] = ChangeKind.UPDATE, keys, 7
+    half = len(keys) // 2
+    assert replica.apply(changes[:half]).all()
+    assert replica.apply(changes[half:]).all()
+    assert not replica.apply(changes).any()
+    held, versions, _ = replica.contents()
+    assert sorted(row.tobytes() for row in held) == sorted(row.tobytes() for row in keys)
+    assert (versions == 7).all()
+
+
+def test_a_batch_with_many_changes_of_a_key_keeps_every_newer_one() -> None:
+    replica = Replica(layout())
+    fresh = replica.apply(batch([(1, 3, 5, 0), (1, 3, 4, 0), (1, 3, 6, 0), (1, 4, 1, 0)]))
+    assert fresh.tolist() == [True, False, True, True]
+    assert contents(replica) == {3: 6, 4: 1}
+
+
+def test_a_delete_that_names_no_version_is_of_the_newest_before_it() -> None:
+    replica = Replica(layout())
+    changes = batch([(1, 3, 5, 0), (2, 3, 0, 0), (1, 3, 4, 0), (1, 3, 6, 0), (2, 8, 0, 0)])
+    assert replica.apply(changes).tolist() == [True, True, False, True, False]
+    assert changes["version"].tolist() == [5, 5, 4, 6, 0]
+    assert contents(replica) == {3: 6}
+
+
+def test_a_late_change_does_not_bring_back_what_a_snapshot_found_missing() -> None:
+    replica = Replica(layout())
+    replica.apply(batch([(1, 3, 5, 10)]))
+    started_ns = 2**62
+    gone = replica.resync(snapshot({}), started_ns=started_ns)
+    assert [(row["kind"], row["key"], row["version"]) for row in gone.changes] == [(2, 3, 5)]
+    assert not replica.apply(batch([(1, 3, 6, started_ns - 1)])).any()
+    assert not replica.apply(batch([(1, 9, 1, started_ns - 1)])).any(), "nor what it never had"
+    assert contents(replica) == {}
+    assert replica.apply(batch([(1, 3, 8, started_ns + 1)])).all()
+    assert contents(replica) == {3: 8}
+
+
+def test_a_key_inserted_behind_the_reader_survives_the_snapshot() -> None:
+    replica = Replica(layout())
+    replica.apply(batch([(1, 3, 5, 0)]))  # seen now, after the snapshot began
+    assert len(replica.resync(snapshot({}), started_ns=1).changes) == 0
+    assert contents(replica) == {3: 5}
+
+
+def test_an_incomplete_snapshot_deletes_nothing() -> None:
+    replica = Replica(layout())
+    replica.apply(batch([(1, 3, 5, 0)]))
+    far = 2**62
+    assert len(replica.resync(snapshot({4: 1}, complete=False), started_ns=far).changes) == 1
+    assert contents(replica) == {3: 5, 4: 1}
+
+
+def test_steps_count_each_write_and_delete_once() -> None:
+    replica = Replica(layout())
+    replica.load(snapshot({1: 3, 2: 1}), started_ns=0)
+    far = 2**62
+    assert replica.resync(snapshot({1: 7, 2: 1}), started_ns=far).steps == 4
+    assert replica.resync(snapshot({2: 1}), started_ns=far).steps == 1, "version 8, a delete"
+    assert replica.resync(snapshot({1: 10, 2: 1}), started_ns=far).steps == 2, "9 and 10"
+
+
+def test_a_load_adopts_and_later_changes_grow_it() -> None:
+    replica = Replica(layout())
+    replica.load(snapshot(dict.fromkeys(range(5000), 1)), started_ns=0)
+    with pytest.raises(BadInput, match="holds keys already"):
+        replica.load(snapshot({1: 1}), started_ns=0)
+    replica.apply(batch([(1, key, 2, 0) for key in range(4_000, 9_000)]))
+    held = contents(replica)
+    assert held == {key: 1 + (key >= 4_000) for key in range(9_000)}
+    assert replica.differs(snapshot(held)) == 0
+    assert replica.differs(snapshot({**held, 1: 5, 10_000: 1})) == 2
+    del held[0]
+    assert replica.differs(snapshot(held)) == 1
+    assert replica.nbytes > 9_000 * (KEY.itemsize + VALUE.itemsize)
+
+
+def test_a_reading_has_version_and_age() -> None:
+    replica = Replica(layout())
+    replica.apply(batch([(1, 80, 3, 0)]))
+    reading = replica.get(80)
+    assert reading is not None
+    assert (reading.version, int(reading.value["payload"])) == (3, 80)
+    assert 0 <= reading.age_ns < replica.get(80).age_ns  # type: ignore[union-attr]
+    assert replica.get(81) is None
+    replica.apply(batch([(2, 80, 4, 0)]))
+    assert replica.get(80) is None
+
+
+def test_an_event_is_a_change_under_other_names() -> None:
+    for key, value in (("u4", "u8"), ("u8", "V13"), ([("a", "u2")], [("version", "u4")])):
+        event, change = event_dtype(key, value), change_dtype(key, value)
+        assert event.itemsize == change.itemsize
+        assert event.fields is not None and change.fields is not None
+        for name in ("version", "committed_ns", "kind", "key", "value"):
+            assert event.fields[name][:2] == change.fields[name][:2]
+
+
+def test_versions_come_from_a_field_or_are_the_value() -> None:
+    assert versions_of(np.array([3, 4], "u4"), "version").tolist() == [3, 4]
+    assert versions_of(np.array([(3, 0)], VALUE), "version").tolist() == [3]
