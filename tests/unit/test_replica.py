@@ -78,7 +78,7 @@ class Oracle:
         changed = set()
         for key, version in entries.items():
             known = self.keys.setdefault(key, Known(missing_ns=self.complete_ns))
-            if version > known.version:
+            if version > known.version or (version == known.version and not known.present):
                 known.version, known.present = version, True
                 changed.add((key, version))
         if complete:
@@ -192,6 +192,15 @@ def test_a_key_inserted_behind_the_reader_survives_the_snapshot() -> None:
     replica.apply(batch([(1, 3, 5, 0)]))  # seen now, after the snapshot began
     assert len(replica.resync(snapshot({}), started_ns=1).changes) == 0
     assert contents(replica) == {3: 5}
+
+
+def test_a_key_deleted_by_mistake_is_brought_back() -> None:
+    # A hook tells of a delete without its version, and a newer update may overtake it.
+    replica = Replica(layout())
+    replica.apply(batch([(1, 3, 6, 0), (2, 3, 0, 0)]))
+    assert contents(replica) == {}
+    assert len(replica.resync(snapshot({3: 6}), started_ns=2**62).changes) == 1
+    assert contents(replica) == {3: 6}
 
 
 def test_an_incomplete_snapshot_deletes_nothing() -> None:
