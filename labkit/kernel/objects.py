@@ -523,17 +523,23 @@ class _Held:
         self.perf: list[PerfAttachment] = []
         self._pins: dict[tuple[str, int], list[str]] = {}
         self._walked: set[int] = set()
-        mounts: dict[str, int] = {}  # one process for every mount namespace
+        mounts: dict[str, list[int]] = {}  # processes of every mount namespace
         private: list[tuple[int, str]] = []
         ours = os.getpid()
         for pid in [ours, *(one for one in _processes() if one != ours)]:
             with suppress(OSError):
-                mounts.setdefault(os.readlink(f"/proc/{pid}/ns/mnt"), pid)
+                mounts.setdefault(os.readlink(f"/proc/{pid}/ns/mnt"), []).append(pid)
                 for fd in os.listdir(f"/proc/{pid}/fd"):
                     self._descriptor(pid, fd, private)
-        for pid in mounts.values():
-            for point in _bpffs_mounts(pid):
-                self._walk(point if pid == ours else f"/proc/{pid}/root{point}", None)
+        for pids in mounts.values():
+            for pid in pids:
+                try:
+                    points = _bpffs_mounts(pid)
+                except OSError:
+                    continue  # it has ended since; another one shows the same mounts
+                for point in points:
+                    self._walk(point if pid == ours else f"/proc/{pid}/root{point}", None)
+                break
         for pid, folder in private:
             self._walk(folder, pid)
 
