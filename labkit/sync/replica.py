@@ -178,8 +178,7 @@ class Replica:
         """Apply a batch; a change that is older than what its key was at is passed over.
 
         A delete with version 0 names none (a hook sees no value): it is a delete of the newest
-        version that came before it. If that version arrives after it, the delete was that of an
-        older one, and is undone.
+        version that came before it.
 
         Parameters
         ----------

@@ -22,7 +22,8 @@ COUNTS = np.dtype([("emitted", "u8"), ("dropped", "u8")])
 """``struct change_counts`` of bpf/change_event.h: what one program did on one CPU."""
 
 _NEVER = float("inf")
-_MOST = 65_536  # events a batch
+MOST_EVENTS = 65_536
+"""Events that are read and applied at once, at most."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ class RingEvents(Strategy):
             news = self._nothing()
             lost = False
         else:
-            room = min(unread // self._slot + 1, _MOST)
+            room = min(unread // self._slot + 1, MOST_EVENTS)
             events = self._reader.read(np.empty(room, self._event))
             lost = bool(len(events)) and self._number(events)
             news = self._apply(events.view(self._change))

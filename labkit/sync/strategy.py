@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 
@@ -201,7 +202,7 @@ class Strategy(ABC):
         if self._table is not None:
             self._table.close()
 
-    def __enter__(self) -> Strategy:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -1,0 +1,98 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* What the programs of labkit.sync.trace_hook share: events of changes that others made. */
+#ifndef TRACE_HOOK_H
+#define TRACE_HOOK_H
+
+#include <linux/errno.h>
+
+struct key {
+	u8 bytes[KEY_SIZE];
+};
+
+struct value {
+	u8 bytes[VALUE_SIZE];
+};
+
+#define KEY struct key
+#define VALUE struct value
+#define PROGRAM 0
+#define RING ((void *)bpf_pseudo_fd(1, RING_FD))
+#define COUNTS ((void *)bpf_pseudo_fd(1, COUNTS_FD))
+
+#include "change_event.h"
+
+#define BATCH_MOST 512  // elements of a batch that one run of a program walks through
+
+/* Whose memory the writer's key and value stand in. */
+enum memory { OF_USER, OF_KERNEL };
+
+static inline long copy(enum memory memory, void *to, u32 size, u64 from)
+{
+	if (memory == OF_USER)
+		return bpf_probe_read_user(to, size, (void *)from);
+	return bpf_probe_read_kernel(to, size, (void *)from);
+}
+
+/* Changes that no event tells of: the follower sees the count move, and reads the map instead. */
+static inline void count_dropped(u64 changes)
+{
+	u32 program = PROGRAM;
+	struct change_counts *counts = bpf_map_lookup_elem_(COUNTS, &program);
+
+	if (counts)
+		__sync_fetch_and_add(&counts->dropped, changes);
+}
+
+/* A change that somebody else made. The version stands in the value; a delete that gives no value
+ * back (value is 0) has version 0: none is known.
+ */
+static inline void emit(u8 kind, enum memory memory, u64 key, u64 value)
+{
+	u32 program = PROGRAM;
+	struct change_counts *counts = bpf_map_lookup_elem_(COUNTS, &program);
+	struct change_event *event;
+	u64 seq;
+
+	if (!counts)
+		return;
+	event = bpf_ringbuf_reserve(RING, sizeof(*event), 0);
+	if (!event) {
+		__sync_fetch_and_add(&counts->dropped, 1);
+		return;
+	}
+	seq = counts->emitted + counts->dropped;
+	event->seq = seq;
+	event->version = 0;
+	event->committed_ns = bpf_ktime_get_ns();
+	event->kind = kind;
+	event->program = PROGRAM;
+	event->cpu = bpf_get_smp_processor_id();
+	event->dropped = counts->dropped;
+	if (copy(memory, &event->key, sizeof(event->key), key) ||
+	    (kind == CHANGE_UPDATE && copy(memory, &event->value, sizeof(event->value), value))) {
+		// The writer's memory is gone already, or another thread of it has changed it.
+		__sync_fetch_and_add(&counts->dropped, 1);
+		bpf_ringbuf_discard(event, BPF_RB_NO_WAKEUP);
+		return;
+	}
+	if (kind == CHANGE_DELETE)
+		__builtin_memset(&event->value, 0, sizeof(event->value));
+	if (value)
+		copy(memory, &event->version, VERSION_SIZE, value + VERSION_AT);
+	__sync_fetch_and_add(&counts->emitted, 1);
+	bpf_ringbuf_submit(event, wakeup(seq));
+}
+
+/* Arrays of keys and values in user memory, as the batch calls take them; values may be 0. */
+static inline void emit_batch(u8 kind, u64 keys, u64 values, u32 count)
+{
+	for (u32 i = 0; i < BATCH_MOST; i++) {
+		if (i >= count)
+			return;
+		emit(kind, OF_USER, keys + i * KEY_SIZE, values ? values + i * USER_VALUE_SIZE : 0);
+	}
+	if (count > BATCH_MOST)
+		count_dropped(count - BATCH_MOST);
+}
+
+#endif

@@ -1,0 +1,411 @@
+"""Trace hook: see the writes of programs and processes that know nothing of us."""
+
+from __future__ import annotations
+
+import platform
+import time
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from labkit.errors import BadInput, Unavailable
+from labkit.kernel import libbpf, probe, programs
+from labkit.kernel.btf import member_offset
+from labkit.kernel.libbpf import MapKind, ProgramKind
+from labkit.kernel.maps import OF_MAPS, PER_CPU, Map
+from labkit.kernel.programs import Function, LoadFailed
+from labkit.kernel.ringbuf import wakeup_constants
+from labkit.sync.changes import Changes
+from labkit.sync.ring_events import MOST_EVENTS, Channel, RingEvents
+from labkit.sync.strategy import bounded
+
+MECHANISMS: Final = ("functions", "syscalls", "kprobes")
+"""Ways to hook a map's changes.
+
+``functions``: fexit on the functions of the map's type, which system calls and programs pass.
+``syscalls``: the return of bpf(2), which every process passes, and no program. ``kprobes``: kprobes
+on the same functions, to show what they miss: the kernel skips them while a system call changes a
+map (``bpf_disable_instrumentation``), and they know nothing of success.
+"""
+
+_NEVER: Final = float("inf")
+
+_HASH: Final = {
+    "htab_map_update_elem": "on_update",
+    "htab_map_delete_elem": "on_delete",
+    "htab_map_lookup_and_delete_elem": "on_take",
+    "htab_map_lookup_and_delete_batch": "on_take_batch",
+}
+# Kernel functions that change a map, and the program of bpf/trace_hook_functions.bpf.c for each.
+# A helper is compiled into a call of the type's own function, so that bpf_map_update_elem itself
+# is passed by next to nobody; what per-CPU maps and maps of maps do for bpf(2) has its own.
+_FUNCTIONS: Final[dict[MapKind, dict[str, str]]] = {
+    MapKind.HASH: _HASH,
+    MapKind.LRU_HASH: {name.replace("htab", "htab_lru"): to for name, to in _HASH.items()},
+    MapKind.ARRAY: {"array_map_update_elem": "on_update"},
+    MapKind.LPM_TRIE: {"trie_update_elem": "on_update", "trie_delete_elem": "on_delete"},
+    MapKind.PERCPU_HASH: {
+        "htab_percpu_map_update_elem": "on_update",
+        "bpf_percpu_hash_update": "on_update",
+        "htab_map_delete_elem": "on_delete",
+        "htab_percpu_map_lookup_and_delete_elem": "on_take",
+        "htab_percpu_map_lookup_and_delete_batch": "on_take_batch",
+    },
+    MapKind.LRU_PERCPU_HASH: {
+        "htab_lru_percpu_map_update_elem": "on_update",
+        "bpf_percpu_hash_update": "on_update",
+        "htab_lru_map_delete_elem": "on_delete",
+        "htab_lru_percpu_map_lookup_and_delete_elem": "on_take",
+        "htab_lru_percpu_map_lookup_and_delete_batch": "on_take_batch",
+    },
+    MapKind.PERCPU_ARRAY: {
+        "array_map_update_elem": "on_update",
+        "bpf_percpu_array_update": "on_update",
+    },
+    MapKind.ARRAY_OF_MAPS: {
+        "bpf_fd_array_map_update_elem": "on_update_fd",
+        "fd_array_map_delete_elem": "on_delete",
+    },
+    MapKind.HASH_OF_MAPS: {
+        "bpf_fd_htab_map_update_elem": "on_update_fd",
+        "htab_map_delete_elem": "on_delete",
+    },
+}
+
+
+def best_mechanism() -> str:
+    """Of `MECHANISMS`, the one that sees most of what this kernel lets us hook; found by trying."""
+    return "functions" if probe.probe("fexit").works else "syscalls"
+
+
+class Hooks:
+    """Programs that emit an event for every change of one map; a context manager.
+
+    An event has the value that was written, as `RingEvents` reads it. Per-CPU maps: that of the
+    first CPU, or of the CPU whose program wrote. Maps of maps: the writer's own descriptor of
+    the inner map.
+
+    Parameters
+    ----------
+    table : Map
+        The only map whose changes are reported; the programs themselves look at its id.
+    channel : Channel
+        Where events and counts go; with room for one program.
+    mechanism : str, optional
+        One of `MECHANISMS`; by default `best_mechanism`.
+    version : str
+        Name of the value's version field, ignored where the value is a plain integer.
+    wakeup, wakeup_at
+        When the follower is woken, as for `labkit.kernel.ringbuf.wakeup_constants`.
+
+    Attributes
+    ----------
+    mechanism : str
+        The one that is used.
+    hooked : tuple of str
+        The kernel functions or tracepoints that are hooked.
+    refused : dict of str to str
+        Functions that could not be hooked, with the kernel's answer.
+
+    Raises
+    ------
+    Unavailable
+        The kernel refuses the hooks, or this CPU's system calls are not known here.
+    BadInput
+        The map's type has no hook.
+    """
+
+    def __init__(
+        self,
+        table: Map,
+        channel: Channel,
+        *,
+        mechanism: str | None = None,
+        version: str = "version",
+        wakeup: str = "default",
+        wakeup_at: int = 1,
+    ) -> None:
+        _check_mechanism(mechanism)
+        if table.kind not in _FUNCTIONS:
+            raise BadInput(
+                f"Changes of a {table.kind.name.lower()} cannot be hooked; those of "
+                f"{', '.join(kind.name.lower() for kind in _FUNCTIONS)} can."
+            )
+        self.mechanism = best_mechanism() if mechanism is None else mechanism
+        self.refused: dict[str, str] = {}
+        self._functions: dict[str, Function] = {}
+        dtype, at = table.value_dtype, 0
+        if dtype.fields is not None and version in dtype.fields:
+            dtype, at = dtype.fields[version][:2]
+        slots = libbpf.possible_cpus() if table.kind in PER_CPU else 0
+        constants = {
+            "RING_FD": channel.ring.fd,
+            "COUNTS_FD": channel.counts.fd,
+            "MAP_ID": table.id,
+            "MAP_ID_AT": member_offset("bpf_map", "id"),
+            "KEY_SIZE": table.key_size,
+            "VALUE_SIZE": table.value_size,
+            "USER_VALUE_SIZE": slots * -(-table.value_size // 8) * 8 or table.value_size,
+            "VERSION_AT": at,
+            "VERSION_SIZE": min(dtype.itemsize, 8),
+            **wakeup_constants(wakeup, wakeup_at),
+        }
+        self._open = ExitStack()
+        try:
+            if self.mechanism == "syscalls":
+                self._hook_syscalls(constants, table.max_entries)
+            else:
+                self._hook_functions(constants, table.kind)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def hooked(self) -> tuple[str, ...]:
+        """The kernel functions or tracepoints that are hooked."""
+        return tuple(self._functions)
+
+    def missed(self) -> int:
+        """How often the kernel skipped one of the programs, because it ran on that CPU already."""
+        return sum(
+            libbpf.prog_info(function.fd).recursion_misses for function in self._functions.values()
+        )
+
+    def _hook_syscalls(self, constants: dict[str, int], max_entries: int) -> None:
+        if platform.machine() not in ("x86_64", "AMD64"):
+            raise Unavailable(
+                f"The hook on bpf(2) knows the registers of x86-64, not those of "
+                f"{platform.machine()}: use mechanism='functions'."
+            )
+        unit = self._open.enter_context(
+            programs.load(
+                "trace_hook_syscalls",
+                MAP_ENTRIES=max_entries,
+                TASK_FILES_AT=member_offset("task_struct", "files"),
+                FILES_TABLE_AT=member_offset("files_struct", "fdt"),
+                TABLE_FILES_AT=member_offset("fdtable", "fd"),
+                FILE_PRIVATE_AT=member_offset("file", "private_data"),
+                **constants,
+            )
+        )
+        try:
+            function = unit.function("on_return", hook="tp_btf:sys_exit")
+            unit.attach(function)
+        except LoadFailed as error:
+            raise Unavailable(f"This kernel refuses the hook on bpf(2): {error}") from error
+        self._functions["sys_exit"] = function
+
+    def _hook_functions(self, constants: dict[str, int], kind: MapKind) -> None:
+        by_kprobe = self.mechanism == "kprobes"
+        if by_kprobe:
+            constants["BY_KPROBE"] = 1
+        unit = self._open.enter_context(programs.load("trace_hook_functions", **constants))
+        for name, program in _FUNCTIONS[kind].items():
+            if by_kprobe and program.startswith("on_take"):
+                continue  # what was taken is known only when the function returns
+            try:
+                if by_kprobe:
+                    function = unit.function(program, ProgramKind.KPROBE)
+                    unit.attach(function, name)
+                else:
+                    function = unit.function(program, hook=f"fexit:{name}")
+                    unit.attach(function)
+            except LoadFailed as error:
+                self.refused[name] = str(error).removesuffix(".")
+                if program.startswith("on_update"):
+                    raise Unavailable(
+                        f"This kernel refuses the hook on {name} ({self.refused[name]}): use "
+                        "mechanism='syscalls', which sees no change that a program makes."
+                    ) from error
+            else:
+                self._functions[name] = function
+
+    def close(self) -> None:
+        """Unhook everything; safe to call twice."""
+        self._functions = {}
+        self._open.close()
+
+    def __enter__(self) -> Hooks:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class TraceHook(RingEvents):
+    """Follows a map by hooks on its changes, and reads it whole every so often.
+
+    It needs no help from the writers, and may see every version of every key. What it sees hangs
+    on the mechanism (`MECHANISMS`; the experiment coverage-matrix measures it). No mechanism sees
+    stores through a pointer that a program has looked up, stores through a mapping of the map
+    into memory, or what an LRU map evicts: for these the map is read every ``pull_s``, and after
+    any event that was dropped. A hook sees no version in a delete, and two writers' events of one
+    key may arrive in another order than their changes did: versions set updates right at once, a
+    delete that was overtaken stands until the next pull.
+
+    The mechanism ``syscalls`` tells of batches up to 512 elements; a longer one, and one that
+    failed in the middle, counts as dropped.
+
+    Parameters
+    ----------
+    mechanism : str, optional
+        One of `MECHANISMS`; by default `best_mechanism`.
+    pull_s : float or None
+        From one look at the whole map to the next, seconds; None: never, so that what the hooks do
+        not see stays unseen.
+    ring_bytes : int
+        Size of the ring that the events pass; a power of two and whole pages.
+    wakeup, wakeup_at
+        When we are woken, as for `labkit.kernel.ringbuf.wakeup_constants`.
+    version, timer_s, gather_s, resync_gap_s
+        As for `RingEvents`.
+
+    Raises
+    ------
+    BadInput
+        No such mechanism, or a time that is no bound. `attach` also refuses maps whose value is
+        not one: per-CPU maps and maps of maps.
+    Unavailable
+        By `attach`: this kernel refuses the mechanism.
+
+    Examples
+    --------
+    >>> import subprocess, sys
+    >>> from labkit.kernel.libbpf import MapKind
+    >>> stranger = '''
+    ... import ctypes, sys
+    ... lib = ctypes.CDLL("libbpf.so.1")
+    ... fd = lib.bpf_map_get_fd_by_id(int(sys.argv[1]))
+    ... key, value = ctypes.c_uint32(80), ctypes.c_uint64(7)
+    ... lib.bpf_map_update_elem(fd, ctypes.byref(key), ctypes.byref(value), ctypes.c_uint64(0))
+    ... '''
+    >>> with (
+    ...     Map.create(MapKind.HASH, key="u4", value="u8", max_entries=8) as table,
+    ...     TraceHook() as strategy,
+    ... ):
+    ...     replica = strategy.attach(Map.from_id(table.id))
+    ...     done = subprocess.run([sys.executable, "-c", stranger, str(table.id)])
+    ...     for changes in strategy.changes(for_s=1):
+    ...         break
+    ...     [(int(row["key"]), int(row["version"])) for row in changes]
+    [(80, 7)]
+    """
+
+    def __init__(
+        self,
+        *,
+        mechanism: str | None = None,
+        pull_s: float | None = 1.0,
+        ring_bytes: int = 1 << 22,
+        wakeup: str = "default",
+        wakeup_at: int = 1,
+        version: str = "version",
+        timer_s: float = 0.1,
+        gather_s: float = 0.0,
+        resync_gap_s: float = 0.05,
+    ) -> None:
+        _check_mechanism(mechanism)
+        if pull_s is not None and bounded(pull_s) == 0:
+            raise BadInput("A pull every 0 s would leave no time for events: give more.")
+        self._mechanism = mechanism
+        self._wakeup = (wakeup, wakeup_at)
+        wakeup_constants(*self._wakeup)
+        self._pull_s = _NEVER if pull_s is None else pull_s
+        self._next_pull = _NEVER
+        self._hooks: Hooks | None = None
+        super().__init__(
+            Channel.create(ring_bytes),
+            version=version,
+            timer_s=timer_s,
+            gather_s=gather_s,
+            resync_gap_s=resync_gap_s,
+        )
+
+    @property
+    def hooks(self) -> Hooks:
+        """The hooks that are in place: which mechanism, and on what."""
+        if self._hooks is None:
+            raise BadInput("This strategy follows no map: attach one.")
+        return self._hooks
+
+    def close(self) -> None:
+        """Unhook and stop following; safe to call twice."""
+        super().close()
+        self._channel.close()
+
+    def _subscribe(self) -> None:
+        if self.table.kind in PER_CPU | OF_MAPS:
+            raise BadInput(
+                f"{self.table!r} has no single value for a key (one for each CPU, or a map): it "
+                "can be watched with Hooks, but not copied."
+            )
+        super()._subscribe()
+        wakeup, at = self._wakeup
+        self._hooks = Hooks(
+            self.table,
+            self._channel,
+            mechanism=self._mechanism,
+            version=self._version,
+            wakeup=wakeup,
+            wakeup_at=at,
+        )
+        # The first pull comes with the first poll: what the ring holds by then may have happened
+        # before the first snapshot, and a delete among it would hit a version that came later.
+        self._next_pull = _NEVER if self._pull_s == _NEVER else time.monotonic()
+
+    def _unsubscribe(self) -> None:
+        hooks, self._hooks = self._hooks, None
+        if hooks is not None:
+            hooks.close()
+        super()._unsubscribe()
+
+    def _count(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        produced, dropped = super()._count()
+        if self._hooks is not None:
+            missed = self._hooks.missed()
+            produced[0] += missed
+            dropped[0] += missed
+        return produced, dropped
+
+    def _resync(self) -> Changes:
+        started_ns = time.monotonic_ns()
+        snapshot = self.table.snapshot()
+        # What happened before the snapshot comes before it: a delete that names no version is one
+        # of the version that the events before it brought, not of what the snapshot shows.
+        news = self._take_all()
+        found = self.replica.resync(snapshot, started_ns=started_ns).changes
+        self._resyncs += 1
+        self._repaired += len(found)
+        return np.concatenate([*news, found])
+
+    def _take_all(self) -> list[Changes]:
+        assert self._reader is not None
+        unread = self._reader.stats().unread_bytes
+        news = []
+        while unread > 0:
+            news.append(self._take())
+            unread -= MOST_EVENTS * self._slot
+        return news
+
+    def _pull_at(self) -> float:
+        return min(super()._pull_at(), self._next_pull)
+
+    def _pull(self) -> Changes:
+        begun = time.monotonic()
+        news = super()._pull()
+        ended = time.monotonic()
+        self._next_pull = ended + max(self._pull_s, ended - begun)
+        return news
+
+
+def _check_mechanism(mechanism: str | None) -> None:
+    if mechanism is not None and mechanism not in MECHANISMS:
+        raise BadInput(f"A mechanism is one of {', '.join(MECHANISMS)}, not {mechanism!r}.")
