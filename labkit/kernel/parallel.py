@@ -14,7 +14,8 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +25,7 @@ import numpy.typing as npt
 from labkit.errors import LabError, TimedOut
 
 _PR_SET_PDEATHSIG = 1
+_AHEAD = -15  # of -20 to 19; some 28 times the weight of 0
 
 
 def cpus() -> list[int]:
@@ -46,6 +48,23 @@ def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
         The signal; by default the one that nothing survives.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
+
+
+@contextmanager
+def ahead_of_others() -> Iterator[None]:
+    """Give this thread, and what it starts meanwhile, more of the CPUs than other load has.
+
+    For two that wait for each other on two CPUs: beside other load they would rarely run at
+    the same moment. Without the privilege it changes nothing.
+    """
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    with suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, _AHEAD)
+    try:
+        yield
+    finally:
+        with suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, usual)
 
 
 def together(*tasks: Callable[[], Any], timeout_s: float = 120.0) -> list[Any]:

@@ -31,7 +31,7 @@ _SETTINGS = (
     claims=("1.2a",),
     needs=("bpf", "compile", "test_run"),
     quick={"keys": 1_000, "rounds": 2},
-    full={"keys": 4_000, "rounds": 40},
+    full={"keys": 4_000, "rounds": 8},
 )
 def padded_key(*, keys: int, rounds: int) -> Tables:
     """Write keys from memory that was used before, read them back, let a program look.

@@ -15,10 +15,11 @@ from labkit.analysis.runs import Triad
 from labkit.failures.experiment import Tables, experiment, say
 from labkit.kernel import programs
 from labkit.kernel.libbpf import ProgramKind
-from labkit.kernel.parallel import cpus, together
+from labkit.kernel.parallel import ahead_of_others, cpus, together
 from labkit.kernel.programs import Unit
 
-_CHUNK = 1_000  # events between two looks at whether the other side is ready
+_CHUNK = 100_000  # events of one call, long enough for many additions to fall into it
+_CHUNKS = 3  # calls during which user space adds, at the least
 _SAMPLES = 200  # reads of each case that are saved, evenly spaced
 
 _READS = (
@@ -44,7 +45,7 @@ _COUNTS = (
     claims=("1.3e", "1.4d"),
     needs=("bpf", "compile", "test_run", "two_cpus", "syscall_program", "percpu"),
     quick={"versions": 500, "additions": 5_000, "rounds": 3},
-    full={"versions": 10_000, "additions": 50_000, "rounds": 10},
+    full={"versions": 4_000, "additions": 20_000, "rounds": 6},
 )
 def per_cpu_slot(*, versions: int, additions: int, rounds: int) -> Tables:
     """Write here and read there; then count here while user space adds its own there.
@@ -59,8 +60,8 @@ def per_cpu_slot(*, versions: int, additions: int, rounds: int) -> Tables:
     versions : int
         Writes by a program on one CPU, each followed by one read, in each case.
     additions : int
-        Counts that user space adds in a round, while a program counts events on another
-        CPU the whole time.
+        Counts that user space adds in a round, at the least, while a program counts events
+        on another CPU the whole time.
     rounds : int
         Rounds of the counting cases, in turns.
 
@@ -168,7 +169,7 @@ def _count_here(unit: Unit, way: str, additions: int) -> tuple[list[tuple[int, s
     vector = np.zeros(table.value_buffer().nbytes // 8, np.uint64)
     read, write = table.reader(0, vector), table.updater(0, vector)
     argument = np.zeros(1, np.uint64)
-    counting, added = Event(), Event()
+    counting, overlapped, added = Event(), Event(), Event()
 
     def by_vector() -> None:
         read()
@@ -184,23 +185,27 @@ def _count_here(unit: Unit, way: str, additions: int) -> tuple[list[tuple[int, s
         "own slot": by_own_slot,
     }
 
-    def add() -> float:
+    def add() -> tuple[int, float]:
         counting.wait(10)
-        begun = time.monotonic_ns()
-        for _ in range(additions):
+        done, begun = 0, time.monotonic_ns()
+        while done < additions or not overlapped.is_set():
             ways[way]()
+            done += 1
         spent = time.monotonic_ns() - begun
         added.set()
-        return spent / additions
+        return done, spent / done
 
     def count_events() -> int:
         events = 0
         while not added.is_set():
+            counting.set()
             source.test_run(repeat=_CHUNK)
             events += _CHUNK
-            counting.set()
+            if events == _CHUNKS * _CHUNK:
+                overlapped.set()
         return events
 
-    addition_ns, events = together(add, count_events)
-    added_here = 0 if way == "none" else additions
+    with ahead_of_others():
+        (done, addition_ns), events = together(add, count_events)
+    added_here = 0 if way == "none" else done
     return [(here, "user space", added_here), (there, "program", events)], addition_ns
