@@ -101,13 +101,13 @@ def member_offset(struct_name: str, member: str) -> int:
 @functools.cache
 def _kernel_btf() -> int:
     # Kept for the life of the process: it is parsed once, and every answer comes from it.
-    found: int | None = libbpf.library().btf__load_vmlinux_btf()
+    found = libbpf.library().btf__load_vmlinux_btf()
     if not found:
         raise Unavailable(
             "This kernel shows no BTF (/sys/kernel/btf/vmlinux): it must be built with "
             "CONFIG_DEBUG_INFO_BTF."
         )
-    return found
+    return int(found)
 
 
 def _member_bits(lib: ctypes.CDLL, kernel: int, type_id: int, member: str) -> int | None:
@@ -119,7 +119,7 @@ def _member_bits(lib: ctypes.CDLL, kernel: int, type_id: int, member: str) -> in
             place &= 0xFFFFFF  # the upper byte is the width of a bit field
         if name:
             if lib.btf__name_by_offset(kernel, name) == member.encode():
-                return place
+                return int(place)
         elif (below := _member_bits(lib, kernel, inner, member)) is not None:
             return int(place + below)
     return None
