@@ -91,7 +91,7 @@ _WATCHES = (
     question="Does poll or epoll on a map's descriptor tell that the map has changed?",
     claims=("3.1a",),
     needs=("bpf", "compile", "test_run", "hash", "lru", "percpu", "ringbuf"),
-    quick={"polls": 20, "wait_ms": 20},
+    quick={"polls": 12, "wait_ms": 20},
     full={"polls": 100, "wait_ms": 40},
 )
 def no_notification(*, polls: int, wait_ms: int) -> Tables:
