@@ -25,8 +25,11 @@ FAMILIES = {
     "stale-reads": "Stale reads",
     "concurrency": "Lost, torn and skipped",
     "value-size": "Truncated and overrun",
+    "sync": "Ways to keep a copy in sync",
 }
 """The families in the order of the notebooks, with their titles."""
+
+_PACKAGES = ("labkit.failures", "labkit.comparisons")
 
 Tables = dict[str, pd.DataFrame]
 Value = int | float | str | bool | list[int] | list[float] | list[str]
@@ -183,9 +186,11 @@ def experiment(
 @functools.cache
 def catalogue() -> dict[str, Experiment]:
     """All experiments by id, in the order of their numbers."""
-    package = importlib.import_module("labkit.failures")
-    for module in pkgutil.walk_packages(package.__path__, "labkit.failures."):
-        importlib.import_module(module.name)
+    # By name, as the packages stand above this module or beside it.
+    for name in _PACKAGES:
+        package = importlib.import_module(name)
+        for module in pkgutil.walk_packages(package.__path__, f"{name}."):
+            importlib.import_module(module.name)
     return {one.id: one for one in sorted(_registered.values(), key=lambda one: one.number)}
 
 
