@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import time
 from contextlib import ExitStack
@@ -12,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from labkit.errors import BadInput, Unavailable
-from labkit.kernel import libbpf, probe, programs
+from labkit.kernel import libbpf, programs
 from labkit.kernel.btf import member_offset
-from labkit.kernel.libbpf import MapKind, ProgramKind
+from labkit.kernel.libbpf import AttachType, MapKind, ProgramKind
 from labkit.kernel.maps import OF_MAPS, PER_CPU, Map
 from labkit.kernel.programs import Function, LoadFailed
 from labkit.kernel.ringbuf import wakeup_constants
@@ -76,9 +77,26 @@ _FUNCTIONS: Final[dict[MapKind, dict[str, str]]] = {
 }
 
 
+# r0 = 0; exit
+_DOES_NOTHING: Final = bytes([0xB7, *[0] * 7, 0x95, *[0] * 7])
+
+
+@functools.cache
 def best_mechanism() -> str:
     """Of `MECHANISMS`, the one that sees most of what this kernel lets us hook; found by trying."""
-    return "functions" if probe.probe("fexit").works else "syscalls"
+    hook = AttachType.TRACE_FEXIT
+    try:
+        fd = libbpf.prog_load(
+            ProgramKind.TRACING,
+            _DOES_NOTHING,
+            name="labkit_fexit",
+            attach_type=hook,
+            attach_btf_id=libbpf.vmlinux_function_id("htab_map_update_elem", hook),
+        )
+    except OSError:
+        return "syscalls"
+    libbpf.close(fd)
+    return "functions"
 
 
 class Hooks:
