@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import math
 import os
 import time
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from labkit.kernel.programs import Function
 
 _PER_RUN = 64  # increments in one run of a program
 _STRETCH_NS = 1_000_000  # a program runs about that long between two meetings of the CPUs
+_CALIBRATION = 200  # runs that tell how many make a stretch
+_OURS = 0.8  # of a stretch: all CPUs ran at once for that long, and nobody else on them
 _TURNS = 50  # increments of a process between two looks at the others
 _LIMIT_S = 60.0
 
@@ -99,7 +102,8 @@ def lost_updates(
         them (median stretch, so that a CPU lent to others does not count; a long wait for a
         lock does not either), and of the same loop without the change (a program that only
         looks the counter up; a process whose calls stay in user space, which is the
-        interpreter's share).
+        interpreter's share), and ``ours`` (float64, 0 to 1, programs only): the share of
+        stretches during which other load took no CPU away; ``ns`` is of those, unless 0.
     """
     rows: list[dict[str, object]] = []
     with programs.load("lost_updates", INCREMENTS=_PER_RUN) as unit, ExitStack() as stack:
@@ -124,12 +128,13 @@ def lost_updates(
                     _reset(table)
                     if way in _BY_PROGRAM:
                         function, writers = functions[way.function], 1 if alone else 2
-                        done, ns = _race_programs(function, writers, program_ms)
+                        done, ns, ours = _race_programs(function, writers, program_ms)
                         idle_ns = floor_ns
                     else:
                         make = partial(_steps, way.function, table, adder, gate)
                         writers = 1 if alone else processes
                         done, ns, idle_ns = _race_processes(make, writers, process_increments)
+                        ours = math.nan
                     rows.append(
                         {
                             "case": way.case,
@@ -141,6 +146,7 @@ def lost_updates(
                             "lost": done - _total(table),
                             "ns": ns,
                             "floor_ns": idle_ns,
+                            "ours": ours,
                         }
                     )
     measured = pd.DataFrame(rows)
@@ -172,27 +178,36 @@ def _total(table: Map) -> int:
     return int((values["count"] if values.dtype.names else values).sum())
 
 
-def _race_programs(function: Function, writers: int, milliseconds: int) -> tuple[int, float]:
+def _race_programs(function: Function, writers: int, milliseconds: int) -> tuple[int, float, float]:
     """Run a program on that many CPUs, in stretches that all of them begin together.
 
-    Returns all increments, and the nanoseconds of one by the kernel's own clock.
+    Returns all increments, the nanoseconds of one by the kernel's own clock, and the share of
+    stretches that they are taken from: those during which every CPU was ours, if there were any.
     """
-    calibrated_ns = function.test_run(repeat=100).mean_ns
-    runs = max(1, _STRETCH_NS // max(1, calibrated_ns))
+    # Together: a lock takes several times as long where two want it.
+    calibrated = together(*[lambda: function.test_run(repeat=_CALIBRATION).mean_ns] * writers)
+    runs = max(1, _STRETCH_NS // max(1, *calibrated))
     stretches = max(1, milliseconds * 1_000_000 // _STRETCH_NS)
     # A CPU that other load took away would leave the rest uncontended for long: wait for it.
     begin = Barrier(writers)
 
-    def work() -> list[int]:
-        means = []
+    def work() -> list[tuple[int, int, int]]:
+        rows = []
         for _ in range(stretches):
             begin.wait(_LIMIT_S)
-            means.append(function.test_run(repeat=runs).mean_ns)
-        return means
+            begun = time.monotonic_ns()
+            mean_ns = function.test_run(repeat=runs).mean_ns
+            rows.append((begun, time.monotonic_ns(), mean_ns))
+        return rows
 
-    means = together(*[work] * writers)
-    increments = (100 + writers * stretches * runs) * _PER_RUN
-    return increments, float(np.median(np.concatenate(means))) / _PER_RUN
+    begun, ended, mean_ns = np.moveaxis(np.array(together(*[work] * writers)), -1, 0)
+    took = ended - begun
+    # The kernel's clock of a test run stands still while the CPU is lent to others.
+    ours = (runs * mean_ns >= _OURS * took).all(axis=0)
+    ours &= ended.min(axis=0) - begun.max(axis=0) >= _OURS * took.max(axis=0)
+    counted = mean_ns[:, ours] if ours.any() else mean_ns
+    increments = writers * (_CALIBRATION + stretches * runs) * _PER_RUN
+    return increments, float(np.median(counted)) / _PER_RUN, float(ours.mean())
 
 
 @dataclass(frozen=True)
