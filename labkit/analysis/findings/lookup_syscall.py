@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Iterable
 
 from labkit.analysis.findings import Check, Finding, judges
-from labkit.analysis.runs import Run
+from labkit.analysis.runs import Count, Run
 
 _ITEMS = "bcc, items()"
 _BATCHES = ("labkit, snapshot()", "labkit, update_many()")
@@ -18,26 +19,29 @@ _MISREAD = (-errno.E2BIG, -errno.EINVAL, -errno.EFAULT)
 def lookup_syscall(run: Run) -> Finding:
     """One bpf(2) with a pointer to attributes; no mapping, no msync, no locked memory."""
     calls, refusals = run.table("calls").set_index("case"), run.table("refusals")
-    pointers = run.table("pointers")
     single = calls[calls["made"] > 0]
     lab = calls[~calls.index.isin(refusals["case"])]
     mapped, items = calls.loc[_MAPPED], calls.loc[_ITEMS]
     batches = calls.loc[list(_BATCHES)]
     by_arguments = refusals[refusals["case"] != _MAPPED]
-    misread = by_arguments[by_arguments["answer"].isin(_MISREAD)]
     by_mapping = refusals[refusals["case"] == _MAPPED]
+    unlocked = run.table("pointers").query("variant == 'fixed'")
+    missing = run.table("pointers").query("variant == 'broken'")
+
+    unseen = _added(run, "fixed", single.index)
+    misread = _added(run, "broken", by_arguments["case"].unique())
+    unmapped = run.count("broken", _MAPPED)
     idle = run.count("control", "nothing called")
-    good = pointers[pointers["variant"] == "fixed"]
-    bad = pointers[pointers["variant"] == "broken"]
-    made, bytes_passed = int(single["made"].sum()), sorted(set(single["attributes_bytes"]))
+    good, bad, locked = (_by_memory(run, variant) for variant in ("fixed", "broken", "control"))
+    seen = f"{unseen.operations - unseen.anomalies:,} of {unseen.operations:,}"
+    sizes = ", ".join(map(str, sorted(set(single["attributes_bytes"]))))
     checks = (
         Check(
             "a lookup or update is one bpf(command, attributes, size) with our pointers in it",
-            made > 0
-            and bool((single["bpf"] == single["made"]).all())
-            and bool((single["as_made"] == single["made"]).all()),
-            f"{int(single['as_made'].sum()):,} of {made:,} calls by {len(single)} ways seen so, "
-            f"with {', '.join(map(str, bytes_passed))} B of attributes",
+            unseen.operations > 0
+            and unseen.anomalies == 0
+            and bool((single["bpf"] == single["made"]).all()),
+            f"{seen} calls by {len(single)} ways seen so, with {sizes} B of attributes",
         ),
         Check(
             "no library maps the map or synchronises it",
@@ -56,26 +60,30 @@ def lookup_syscall(run: Run) -> Finding:
         ),
         Check(
             "the layout Syscall6(SYS_BPF, cmd, fd, key, value, flags) is refused, nothing changes",
-            len(by_arguments) == len(misread) > 0 and not by_arguments["changed"].any(),
-            f"{_answers(by_arguments['answer'])} to {int(by_arguments['times'].sum())} calls, "
+            misread.anomalies == misread.operations > 0
+            and bool(by_arguments["answer"].isin(_MISREAD).all())
+            and not by_arguments["changed"].any(),
+            f"{_answers(by_arguments['answer'])} to {misread} calls, "
             f"{int(by_arguments['changed'].sum())} values changed",
         ),
         Check(
             "mmap of a hash is refused",
-            len(by_mapping) > 0 and bool((by_mapping["answer"] < 0).all()),
-            f"{_answers(by_mapping['answer'])} to {int(by_mapping['times'].sum())} calls",
+            unmapped.anomalies == unmapped.operations > 0,
+            f"{_answers(by_mapping['answer'])} to {unmapped} calls",
         ),
         Check(
             "key and value may be in memory that is neither locked nor touched nor aligned",
-            len(good) > 0 and not good["failed"].any() and not good["locked_kib"].any(),
-            f"EFAULT in {int(good['failed'].sum())} of {int(good['calls'].sum()):,} lookups, "
-            f"{int(good['locked_kib'].max())} KiB locked",
+            good.operations > 0
+            and good.anomalies == 0
+            and locked.anomalies == 0
+            and not unlocked["locked_kib"].any(),
+            f"EFAULT in {good} lookups with {int(unlocked['locked_kib'].max())} KiB locked, "
+            f"in {locked} with locked memory",
         ),
         Check(
             "EFAULT means that there is no memory at the pointer",
-            len(bad) > 0 and bool((bad["failed"] == bad["calls"]).all()),
-            f"{int(bad['failed'].sum()):,} of {int(bad['calls'].sum()):,} lookups with "
-            f"{', '.join(bad['memory'].unique())}",
+            bad.anomalies == bad.operations > 0,
+            f"{bad} lookups with {', '.join(missing['memory'].unique())}",
         ),
         Check(
             "a walk by key takes two calls an element, a batch far fewer than one",
@@ -86,16 +94,24 @@ def lookup_syscall(run: Run) -> Finding:
     )
     return Finding(
         run.experiment,
-        f"{int(single['as_made'].sum()):,} of {made:,} lookups and updates were seen as one "
-        f"bpf(command, attributes, size) each, whichever library made them, with "
-        f"{int(lab['mmap'].sum())} mmap and {int(lab['msync'].sum())} msync. The article's "
-        f"Syscall6 layout was answered {_answers(by_arguments['answer'])} in "
-        f"{int(misread['times'].sum())} of {int(by_arguments['times'].sum())} calls. Memory "
-        f"need not be locked: {int(good['failed'].sum())} of {int(good['calls'].sum()):,} lookups "
-        f"failed with none of it locked, {int(bad['failed'].sum()):,} of "
-        f"{int(bad['calls'].sum()):,} where the pointer named no memory.",
+        f"{seen} lookups and updates were seen as one bpf(command, attributes, size) each, "
+        f"whichever library made them, with {int(lab['mmap'].sum())} mmap and "
+        f"{int(lab['msync'].sum())} msync. The article's Syscall6 layout was refused in {misread} "
+        f"calls ({_answers(by_arguments['answer'])}). Memory need not be locked: {good} lookups "
+        f"failed with none of it locked, {bad} where the pointer named no memory.",
         checks,
     )
+
+
+def _added(run: Run, variant: str, cases: Iterable[object]) -> Count:
+    counts = [run.count(variant, str(case)) for case in cases]
+    return Count(
+        sum(one.operations for one in counts), sum(one.anomalies for one in counts), math.nan
+    )
+
+
+def _by_memory(run: Run, variant: str) -> Count:
+    return _added(run, variant, (case for case in run.cases(variant) if " in memory: " in case))
 
 
 def _answers(answers: Iterable[int]) -> str:
