@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from labkit.analysis.runs import Triad
-from labkit.errors import LabError, Unavailable
+from labkit.errors import BadInput, LabError
 from labkit.failures.experiment import Tables, experiment, say
 from labkit.kernel import libbpf, programs
 from labkit.kernel.libbpf import MapFlag, MapKind, ProgramKind, UpdateFlag
@@ -260,7 +260,7 @@ def coverage_matrix(*, writes: int, switches: int, calls: int, rounds: int) -> T
         differences are the hook's).
     """
     if writes > 512:
-        raise Unavailable("writes of coverage-matrix is at most 512.")
+        raise BadInput("writes of coverage-matrix is at most 512.")
     matrix: list[dict[str, object]] = []
     overhead: list[dict[str, object]] = []
     triad = Triad("unseen write")
