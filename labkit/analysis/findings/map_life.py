@@ -77,7 +77,8 @@ def map_life(run: Run) -> Finding:
         f"{len(held) - survived} of {len(held)} where something did: "
         f"{', '.join(references)}. {int(held['named'].sum())} of {len(held)} such holders were "
         f"found from outside, and {stayed} maps stayed once they were dropped too (gone at the "
-        f"latest {held['gone_ms'].max():.1f} ms later). A process that never closed got {alive.operations} maps under a limit of {int(leak['limit'])} "
-        f"descriptors; its end left {left.anomalies}.",
+        f"latest {held['gone_ms'].max():.1f} ms later). A process that never closed got "
+        f"{alive.operations} maps under a limit of {int(leak['limit'])} descriptors; its "
+        f"end left {left.anomalies}.",
         tuple(checks),
     )
