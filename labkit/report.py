@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -28,6 +29,7 @@ from typing import Any
 from labkit.analysis.runs import PARTIAL, PROFILES, REPLACED
 from labkit.errors import BadInput, LabError
 from labkit.failures.experiment import catalogue
+from labkit.kernel import leftovers
 from labkit.notebook import FINDING_MIME, KEY_FIGURE, Outcome
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -119,9 +121,10 @@ def make_report(
     try:
         with _building(folder) as partial:
             begun, pages = time.monotonic(), []
-            for file in files:
-                pages.append(_execute(file, partial, given, limit, say))
-                done(_summary(pages[-1]))
+            with _kernel_environment() as sockets:
+                for file in files:
+                    pages.append(_execute(file, partial, sockets, given, limit, say))
+                    done(_summary(pages[-1]))
             say("making the pages")
             for page in pages:
                 _read(page, partial / f"{page.name}.ipynb")
@@ -170,7 +173,12 @@ def _check_parameters(files: list[Path], given: Mapping[str, Any]) -> None:
 
 
 def _execute(
-    file: Path, partial: Path, given: Mapping[str, Any], limit_s: float, say: Say
+    file: Path,
+    partial: Path,
+    sockets: Path,
+    given: Mapping[str, Any],
+    limit_s: float,
+    say: Say,
 ) -> _Page:
     """Run one notebook into the folder of the report; its failure is noted on the page."""
     import papermill
@@ -186,21 +194,21 @@ def _execute(
 
     say(f"{page.name}: starting its kernel")
     try:
-        with _kernel_environment():
-            papermill.execute_notebook(
-                str(file),
-                str(partial / file.name),
-                parameters=dict(given),
-                kernel_name="python3",
-                cwd=str(file.parent),
-                progress_bar=False,
-                # Engine options, handed on to nbclient.
-                timeout_func=lambda cell: max(1, int(begun + limit_s - time.monotonic())),
-                iopub_timeout=60,  # a flood of output is late, not lost
-                shutdown_kernel="immediate",
-                on_cell_start=tell,
-                config=Config(KernelManager={"transport": "ipc"}),  # no port is opened
-            )
+        papermill.execute_notebook(
+            str(file),
+            str(partial / file.name),
+            parameters=dict(given),
+            kernel_name="python3",
+            cwd=str(file.parent),
+            progress_bar=False,
+            # Engine options, handed on to nbclient.
+            timeout_func=lambda cell: max(1, int(begun + limit_s - time.monotonic())),
+            iopub_timeout=60,  # a flood of output is late, not lost
+            shutdown_kernel="immediate",
+            on_cell_start=tell,
+            # No port is opened.
+            config=Config(KernelManager={"transport": "ipc", "ip": str(sockets / "kernel")}),
+        )
     except PapermillExecutionError as error:
         page.problem = (
             error.evalue if error.ename == "FindingFailed" else (f"{error.ename}: {error.evalue}")
@@ -223,27 +231,40 @@ def _execute(
 
 
 @contextlib.contextmanager
-def _kernel_environment() -> Iterator[None]:
-    """Give a notebook's kernel this interpreter, no user's settings, and no noise."""
+def _kernel_environment() -> Iterator[Path]:
+    """Give notebooks' kernels this interpreter, no user's settings, and no noise.
+
+    Yields a folder for their sockets, which goes away also where we are killed.
+    """
     logger = logging.getLogger("papermill")
     level, before = logger.level, dict(os.environ)
-    # The kernel's sockets live there, and their paths must be short.
-    with tempfile.TemporaryDirectory(prefix="labkit-", dir="/tmp") as folder:
+    with _short_folder() as folder:
         os.environ.update(
             JUPYTER_PREFER_ENV_PATH="1",
-            JUPYTER_RUNTIME_DIR=folder,
-            IPYTHONDIR=folder,
+            JUPYTER_RUNTIME_DIR=str(folder),
+            IPYTHONDIR=str(folder),
             PYDEVD_DISABLE_FILE_VALIDATION="1",
         )
         for name in ("JUPYTER_PATH", "PYTEST_CURRENT_TEST"):
             os.environ.pop(name, None)
         logger.setLevel(logging.CRITICAL)
         try:
-            yield
+            yield folder
         finally:
             logger.setLevel(level)
             os.environ.clear()
             os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _short_folder() -> Iterator[Path]:
+    if sys.platform == "linux":
+        with leftovers.temporary_folder() as folder:
+            yield folder
+        return
+    # Elsewhere temporary folders may have longer paths than a socket can have.
+    with tempfile.TemporaryDirectory(prefix="labkit-", dir="/tmp") as name:
+        yield Path(name)
 
 
 def _collect(page: _Page, file: Path) -> None:

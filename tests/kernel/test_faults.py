@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -155,6 +156,8 @@ def test_kill_in_the_middle_of_a_notebook(victim: str, tmp_path: Path) -> None:
         wait_until_nothing_is_left(told(words), before)
         status = making.wait(2 * GONE_WITHIN_S)
         wait_for(lambda: not alive(kernel), "the notebook's kernel runs on")
+        folders = Path(tempfile.gettempdir())
+        wait_for(lambda: not list(folders.glob(f"labkit-{making.pid}-*")), "its sockets stay")
         index = tmp_path / "reports" / "index.html"
         if victim == "kernel":
             assert status == 1 and "Its kernel process died" in index.read_text()

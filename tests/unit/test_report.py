@@ -65,16 +65,13 @@ def test_one_that_fails_stops_no_other(tmp_path: Path) -> None:
     write_notebook(books, "01-bad", 'changes["toy-counts"] = {"lost": 9}\n' + OPEN, COUNTS, ASSERT)
     write_notebook(books, "02-broken", "1 / 0", COUNTS)
     write_notebook(books, "03-dies", "import os; os.kill(os.getpid(), 9)")
-    write_notebook(books, "04-hangs", "import time; time.sleep(600)")
-    write_notebook(books, "05-floods", "for i in range(30000): print(i)", COUNTS, ASSERT)
+    write_notebook(books, "04-floods", "for i in range(30000): print(i)", COUNTS, ASSERT)
     kept: list[str] = []
-    begun = time.monotonic()
-    assert make_report("quick", folder, notebooks=books, time_limit_s=12.0, done=kept.append) == 1
-    assert time.monotonic() - begun < 120
+    assert make_report("quick", folder, notebooks=books, done=kept.append) == 1
     states = dict(re.findall(r"^(\d\d-\w+): (\w+)", "\n".join(kept), re.MULTILINE))
     assert states == {
         "00-good": "ok", "01-bad": "FAILED", "02-broken": "FAILED", "03-dies": "FAILED",
-        "04-hangs": "FAILED", "05-floods": "ok",
+        "04-floods": "ok",
     }  # fmt: skip
     index = (folder / "index.html").read_text()
     words = plain(index)
@@ -83,7 +80,7 @@ def test_one_that_fails_stops_no_other(tmp_path: Path) -> None:
         "00-good <title> ok", "7 <lost>.", "cannot run here", "lacks toys",
         "01-bad <title> FAILED", "9 <lost>.", "02-broken <title> FAILED",
         "ZeroDivisionError: division by zero", "stopped before it came to a finding",
-        "Its kernel process died", "did not end within 12 s",
+        "Its kernel process died",
     ):  # fmt: skip
         assert expected in words, expected
     assert index.count("data:image/png") == 3
@@ -94,6 +91,15 @@ def test_one_that_fails_stops_no_other(tmp_path: Path) -> None:
             assert not any(part.startswith(("http", "//")) for part in loads)
         assert "<script" not in page and "No description has been provided" not in page
     assert not list(folder.parent.glob(".*"))
+
+
+def test_a_notebook_that_does_not_end_is_stopped(tmp_path: Path) -> None:
+    write_notebook(tmp_path, "00-hangs", "import time; time.sleep(600)")
+    begun = time.monotonic()
+    assert make_report("quick", tmp_path / "reports", notebooks=tmp_path, time_limit_s=6.0) == 1
+    assert time.monotonic() - begun < 120
+    index = plain((tmp_path / "reports" / "index.html").read_text())
+    assert "It did not end within 6 s and was stopped." in index
 
 
 def test_a_later_report_replaces_an_earlier_one(tmp_path: Path) -> None:
