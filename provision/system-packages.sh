@@ -22,6 +22,8 @@ packages=(
     python3-venv       # the Python environment
     iproute2           # veth pairs and network namespaces
     redis-tools        # a real Redis: its redis-check-rdb is the server too, and no service comes along
+    linux-perf         # the second reader of printed lines
+    openssl            # the throw-away certificate of the status server
     git                # the code's version, in every run's provenance
     util-linux mount   # unshare and mount, for enter.sh
 )
