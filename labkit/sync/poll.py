@@ -77,11 +77,16 @@ class Poll(Strategy):
             # Late looks are skipped, not made up for: they would only see the same.
             late = (time.monotonic() - self._next) // self._interval_s
             self._next += (late + 1) * self._interval_s
-            started_ns = time.monotonic_ns()
-            news, steps = self.replica.resync(self.table.snapshot(), started_ns=started_ns)
-            self._resyncs += 1
-            self._produced += steps
-            self._delivered += len(news)
-            self._coalesced += steps - len(news)
+            news = self._look()
             if len(news) or time.monotonic() >= deadline:
                 return news
+
+    def _look(self) -> Changes:
+        """Read the map whole; answers what changed since the last look, and counts it."""
+        started_ns = time.monotonic_ns()
+        news, steps = self.replica.resync(self.table.snapshot(), started_ns=started_ns)
+        self._resyncs += 1
+        self._produced += steps
+        self._delivered += len(news)
+        self._coalesced += steps - len(news)
+        return news
