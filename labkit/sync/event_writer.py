@@ -6,6 +6,7 @@ load of tests and benchmarks: the schedule is open loop, and what was done stand
 
 from __future__ import annotations
 
+import mmap
 import time
 from contextlib import ExitStack
 from types import TracebackType
@@ -17,7 +18,6 @@ import numpy.typing as npt
 from labkit.errors import BadInput, TimedOut
 from labkit.kernel import programs
 from labkit.kernel.libbpf import MapFlag, MapKind
-from labkit.kernel.mapping import mapped
 from labkit.kernel.maps import Map
 from labkit.kernel.ringbuf import wakeup_constants
 from labkit.sync.changes import ChangeKind
@@ -163,14 +163,15 @@ class EventWriter:
             raise
 
     def _shared(self, dtype: np.dtype[Any], rows: int) -> npt.NDArray[Any]:
-        """An array map, and its memory in ours."""
+        """An array map, and its memory in ours, which goes with the last view of it."""
         made = self._open.enter_context(
             Map.create(
                 MapKind.ARRAY, key="u4", value=dtype, max_entries=rows, flags=MapFlag.MMAPABLE
             )
         )
         self._maps.append(made)
-        return self._open.enter_context(mapped(made)).values
+        size = -(-rows * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+        return np.frombuffer(mmap.mmap(made.fd, size), dtype, count=rows)
 
     @property
     def done(self) -> int:
@@ -210,13 +211,7 @@ class EventWriter:
         self.control["limit"] = 0
 
     def close(self) -> None:
-        """Unload the program and free the script's maps; safe to call twice.
-
-        ``script`` and ``control`` stay readable, as they stood.
-        """
-        for name in ("script", "control"):
-            if name in self.__dict__:
-                setattr(self, name, getattr(self, name).copy())
+        """Unload the program; safe to call twice. ``script`` and ``control`` stay as they are."""
         self._open.close()
 
     def __enter__(self) -> EventWriter:
