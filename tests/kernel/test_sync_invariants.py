@@ -9,6 +9,7 @@ A strategy takes part by one entry in `CASES`.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -25,10 +26,10 @@ import pytest
 from labkit.analysis import checkers, history
 from labkit.analysis.history import Op
 from labkit.kernel import libbpf, programs
-from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map, Snapshot
 from labkit.kernel.parallel import Child, another_cpu, shared_array
 from labkit.sync.changes import ChangeKind, Changes, change_dtype
+from labkit.sync.double_map import DoubleMap, DoubleMapWriter, Layout, VersionMismatch
 from labkit.sync.event_writer import OPERATION, EventWriter, updates
 from labkit.sync.hybrid import Hybrid
 from labkit.sync.poll import Poll
@@ -103,14 +104,113 @@ class SyscallWriter:
         self._progress[1] = 0
 
 
+class Published:
+    """A table that is published whole through an outer map; a context manager."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.value_dtype = np.dtype(layout.value)
+        self.value_size = self.value_dtype.itemsize
+        self.outer = layout.outer()
+        self.writer = DoubleMapWriter(self.outer, layout)
+        self.update_many(np.zeros(0, np.uint64), np.zeros(0, self.value_dtype))
+
+    def snapshot(self) -> Snapshot:
+        return self.writer.read()[1]
+
+    def lookup(self, key: int) -> Any:
+        table = self.snapshot()
+        return table.values[table.keys == key][0]
+
+    def update_many(self, keys: npt.ArrayLike, values: npt.ArrayLike) -> int:
+        """The first generations, while nobody else writes: all keys that there are."""
+        self.writer.publish(keys, values, expected=self.writer.read()[0])
+        return len(np.asarray(keys))
+
+    def __enter__(self) -> Published:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.outer.close()
+
+
+class GenerationWriter:
+    """A process that puts what is due into the next generation, and does so again when refused."""
+
+    def __init__(self, table: Published, script: Script, *, round_versions: int) -> None:
+        self.script = shared_array(len(script), OPERATION)
+        self.script[:] = script
+        self._round_versions = round_versions
+        self._table = table
+        self._most = max(500, table.layout.max_entries // 4)  # in one generation
+        self._progress = shared_array(2, np.uint64)  # done, limit
+
+    @property
+    def done(self) -> int:
+        return int(self._progress[0])
+
+    def write(self, operations: int) -> None:
+        begun_ns, size = time.monotonic_ns(), len(self.script)
+        self._progress[1] = self.done + operations
+        while self._progress[0] < self._progress[1]:
+            turn, place = divmod(self.done, size)
+            left = int(self._progress[1]) - self.done
+            ops = self.script[place : place + max(0, min(self._most, left))]
+            if not turn:
+                wait_ns = begun_ns + int(ops["due_ns"][0]) - time.monotonic_ns()
+                time.sleep(max(0.0, wait_ns / 1e9))
+                due = begun_ns + ops["due_ns"].astype(np.int64) <= time.monotonic_ns()
+                ops = ops[: len(ops) if due.all() else max(1, int(due.argmin()))]
+            # Else the one whom we follow was killed in it.
+            ops["start_ns"][(ops["start_ns"] == 0) | (turn > 0)] = time.monotonic_ns()
+            while not self._publish(ops, turn * self._round_versions):
+                pass
+            ops["end_ns"] = time.monotonic_ns()
+            self._progress[0] += len(ops)
+
+    def _publish(self, ops: Script, add: int) -> bool:
+        generation, table = self._table.writer.read()
+        versions = dict(
+            zip(table.keys.tolist(), words_of(table.values)[:, 0].tolist(), strict=True)
+        )
+        for op in ops:
+            key, op["outcome"] = int(op["key"]), 0
+            if op["kind"] == ChangeKind.DELETE:
+                if versions.pop(key, None) is None:
+                    op["outcome"] = -errno.ENOENT
+            elif key in versions or len(versions) < self._table.layout.max_entries:
+                versions[key] = int(op["version"]) + add
+            else:
+                op["outcome"] = -errno.E2BIG
+        words = np.repeat(
+            np.fromiter(versions.values(), np.uint64, len(versions)), self._table.value_size // 8
+        )
+        keys = np.fromiter(versions, np.uint64, len(versions))
+        try:
+            self._table.writer.publish(
+                keys, words.view(self._table.value_dtype), expected=generation
+            )
+        except VersionMismatch:
+            return False
+        return True
+
+    def stop(self) -> None:
+        self._progress[1] = 0
+
+
 @dataclass
 class World:
-    """One map, and what belongs to it; all is closed with ``open``."""
+    """One table, and what belongs to it; all is closed with ``open``."""
 
     case: Case
     open: ExitStack
-    table: Map
+    table: Map | Published
     ring_bytes: int
+
+    @property
+    def map(self) -> Map:
+        """The map that is followed: the table itself, or the outer one that names it."""
+        return self.table.outer if isinstance(self.table, Published) else self.table
 
     @cached_property
     def channel(self) -> Channel:
@@ -125,6 +225,7 @@ class Case:
     """A strategy, and how the map that it follows is written.
 
     ``tells``: it hands out every change that was not dropped, not only the newest of a key.
+    ``whole``: the table is published whole, through an outer map.
     ``attach_s``: how long attaching may take, where programs are compiled for it.
     """
 
@@ -133,17 +234,28 @@ class Case:
     write: Callable[[World, Script, int, int], Writer]
     tells: bool
     needs: tuple[str, ...] = ()
+    whole: bool = False
     attach_s: float = 0.0
 
 
 def by_syscalls(world: World, script: Script, program: int, round_versions: int) -> Writer:
-    return SyscallWriter(world.table, script, round_versions=round_versions)
+    return SyscallWriter(world.map, script, round_versions=round_versions)
+
+
+def follow_generations(world: World) -> Strategy:
+    assert isinstance(world.table, Published)
+    return DoubleMap(interval_s=0.002, layout=world.table.layout)
+
+
+def by_generations(world: World, script: Script, program: int, round_versions: int) -> Writer:
+    assert isinstance(world.table, Published)
+    return GenerationWriter(world.table, script, round_versions=round_versions)
 
 
 def by_events(world: World, script: Script, program: int, round_versions: int) -> Writer:
     return world.open.enter_context(
         EventWriter(
-            world.table,
+            world.map,
             world.channel,
             script,
             program=program,
@@ -165,6 +277,14 @@ CASES = [
         needs=("tp_btf",),
         attach_s=4.0,
     ),
+    Case(
+        "double-map",
+        follow_generations,
+        by_generations,
+        tells=False,
+        needs=("map_in_map",),
+        whole=True,
+    ),
 ]
 
 
@@ -181,13 +301,12 @@ def new_world(
     case: Case, *, entries: int, words: int = 1, ring_bytes: int = SMALL_RING
 ) -> Iterator[World]:
     value: Any = [("version", "u8"), ("rest", "u8", (words - 1,))] if words > 1 else "u8"
-    with ExitStack() as open_, Map.create(
-        MapKind.HASH, key="u8", value=value, max_entries=entries, name="t_sync"
-    ) as table:  # fmt: skip
+    layout = Layout("u8", value, entries)
+    with ExitStack() as open_, Published(layout) if case.whole else layout.new("t_sync") as table:
         yield World(case, open_, table, ring_bytes)
 
 
-def filled(table: Map, keys: int) -> Script:
+def filled(table: Map | Published, keys: int) -> Script:
     """Version 1 of so many keys, written by batch: the rows as a writer would have noted them."""
     script = updates(keys, 1)
     values = np.ones((keys, table.value_size // 8), np.uint64)
@@ -234,7 +353,7 @@ class Follower:
 
     def __init__(self, world: World, strategy: Strategy | None = None) -> None:
         self.strategy = world.open.enter_context(strategy or world.case.follow(world))
-        self.replica = self.strategy.attach(world.table)
+        self.replica = self.strategy.attach(world.map)
         self.polls: list[tuple[int, Changes]] = []
 
     def poll(self, timeout_s: float = 0.02) -> int:
@@ -413,12 +532,13 @@ def test_a_follower_that_is_stopped_for_two_seconds(case: Case) -> None:
 def test_a_follower_that_is_killed_and_started_again(case: Case) -> None:
     with new_world(case, entries=200) as world:
         before = filled(world.table, 100)
-        writer = world.writer(updates(100, 80, per_second=8_000, first_version=2))
+        rounds = 80 + int(80 * case.attach_s)
+        writer = world.writer(updates(100, rounds, per_second=8_000, first_version=2))
         progress = shared_array(1, np.int64)
 
         def first_life() -> None:
             with world.case.follow(world) as strategy:
-                strategy.attach(world.table)
+                strategy.attach(world.map)
                 while True:
                     progress[0] += len(strategy.poll(0.02))
 
