@@ -565,7 +565,9 @@ def test_a_writer_that_is_killed_and_another_takes_over(case: Case) -> None:
         assert writer.done < len(writer.script)
         with writing(writer, operations=len(writer.script) - writer.done) as children:
             follower.drain(*children)
-        check(world, follower, writer.script)
+        check(world, follower, writer.script, exact=False)
+        # What it was killed in may have been done, and is done again.
+        assert follower.strategy.stats().produced - len(writer.script) in (0, 1)
 
 
 def test_two_writers_on_one_key_that_take_turns(case: Case) -> None:
