@@ -1,0 +1,286 @@
+"""What it costs to switch all keys at once, and who may still read what is filled next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from threading import Event
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from labkit.analysis.runs import Triad
+from labkit.errors import TimedOut
+from labkit.failures.experiment import Tables, experiment, say
+from labkit.kernel import programs
+from labkit.kernel.libbpf import MapKind, ProgramKind
+from labkit.kernel.maps import KeyAbsent, Map
+from labkit.kernel.parallel import Child, cpus, together
+from labkit.kernel.programs import Unit
+from labkit.sync.double_map import IN_FORCE, DoubleMapWriter, IndexFlipWriter, Layout
+
+_KEYS = 256  # of the table that programs read
+_WORK_BYTES = 1 << 22  # copied for each key: a reading lasts some 40 ms, longer than a switch
+_LEAST = 4  # generations that every setting sees, and mixed readings where they are expected
+_LIMIT_S = 30.0
+_PAUSE_S = 0.06  # after two flips: in it some readings find their generation still in force
+_ORDINARY, _SLEEPABLE = ProgramKind.TC, ProgramKind.SYSCALL
+
+Values = npt.NDArray[np.uint64]
+Change = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class _Setting:
+    variant: str
+    case: str
+    writer: str  # method of `_Table`
+    reader: str  # function of bpf/double_map.bpf.c
+    kind: ProgramKind
+
+
+_SETTINGS = (
+    _Setting("broken", "old map filled again after the switch, sleepable program",
+             "reuse", "sweep_published", _SLEEPABLE),
+    _Setting("broken", "old half filled again at once, ordinary program",
+             "flip_twice", "sweep_half", _ORDINARY),
+    _Setting("broken", "old half filled again after a wait, sleepable program",
+             "flip_and_wait", "sweep_half", _SLEEPABLE),
+    _Setting("control", "old map filled again after the switch, ordinary program",
+             "reuse", "sweep_published", _ORDINARY),
+    _Setting("fixed", "a new map for each generation, sleepable program",
+             "publish", "sweep_published", _SLEEPABLE),
+    _Setting("fixed", "a new map for each generation, ordinary program",
+             "publish", "sweep_published", _ORDINARY),
+    _Setting("fixed", "old half filled again after a wait, ordinary program",
+             "flip_and_wait", "sweep_half", _ORDINARY),
+    _Setting("fixed", "old half filled at once, sleepable program that compares",
+             "flip_twice", "sweep_half_and_compare", _SLEEPABLE),
+)  # fmt: skip
+
+
+@experiment(
+    "switch-cost",
+    number=47,
+    family="sync",
+    question="When may the old generation's memory be filled again, and what does a switch cost?",
+    claims=("4.3",),
+    needs=("bpf", "compile", "test_run", "two_cpus", "syscall_program", "map_in_map"),
+    quick={"sweeps": 8, "keys": [64, 16_384], "switches": 4},
+    full={"sweeps": 150, "keys": [64, 1_024, 16_384, 131_072], "switches": 25},
+)
+def switch_cost(*, sweeps: int, keys: list[int], switches: int) -> Tables:
+    """Publish generation after generation beside slow programs, then time each way to publish.
+
+    The update of an outer map returns when every ordinary program that might hold the old inner
+    map has ended (kernel/bpf/syscall.c, ``maybe_wait_bpf_programs``); a flip of an index waits
+    for nobody, and can borrow that wait from an outer map that nobody reads. For sleepable
+    programs there is no wait: the memory must not be filled again (a new map, which the kernel
+    frees when they are gone), or they have to look afterwards whether their generation is still
+    in force.
+
+    Parameters
+    ----------
+    sweeps : int
+        Readings of the whole table in each setting, at the least. Readings go on until four
+        generations were seen, and in the broken variant until four of them were mixed: its
+        counts show that it happens, not how often.
+    keys : list of int
+        Sizes of the tables whose publication is timed.
+    switches : int
+        Publications of each kind, size and load that are timed.
+
+    Returns
+    -------
+    dict of DataFrame
+        ``counts``: an operation is one reading of the whole table, an anomaly one that saw
+        several generations; ``cost_ns`` is the median time of one publication beside that
+        reader. ``sweeps``: per setting ``case``, ``moved`` (readings that found their generation
+        replaced and were thrown away), ``generations`` (seen) and ``publications``. ``costs``:
+        one row per timed publication with ``change`` (text), ``keys``, ``load`` (idle, or both
+        CPUs busy) and ``ns`` (int64).
+    """
+    triad, rows = Triad("mixed reading"), []
+    with programs.load("double_map", KEYS=_KEYS, WORK_BYTES=_WORK_BYTES) as unit:
+        for setting in _SETTINGS:
+            say(f"{setting.variant}: {setting.case}")
+            with _Table(
+                Layout("u4", "u8", _KEYS, MapKind.ARRAY),
+                outer=unit.map("outer"), halves=unit.map("halves"), word=unit.map("word"),
+            ) as table:  # fmt: skip
+                seen, took_ns = _sweep(unit, setting, getattr(table, setting.writer), sweeps)
+            triad.add(
+                setting.variant,
+                case=setting.case,
+                operations=int(seen["sweeps"]),
+                anomalies=int(seen["mixed"]),
+                cost_ns=float(np.median(took_ns)),
+            )
+            rows.append(
+                {
+                    "case": setting.case,
+                    "moved": int(seen["moved"]),
+                    "generations": int(seen["generations"]),
+                    "publications": len(took_ns),
+                }
+            )
+    costs = [row for size in keys for row in _costs(size, switches)]
+    return {"counts": triad.table(), "sweeps": pd.DataFrame(rows), "costs": pd.DataFrame(costs)}
+
+
+def _sweep(unit: Unit, setting: _Setting, change: Change, sweeps: int) -> tuple[np.void, list[int]]:
+    """What the program counted beside the writer, and the time of each publication."""
+    program, counts = unit.function(setting.reader, setting.kind), unit.map("counts")
+    counts.update(0, (0,) * 5)
+    change(1)
+    least, ended = "mixed" if setting.variant == "broken" else "generations", Event()
+    took_ns: list[int] = []
+
+    def read() -> np.void:
+        deadline = time.monotonic() + _LIMIT_S
+        try:
+            while True:
+                seen: np.void = counts.lookup(0)
+                if seen["sweeps"] >= sweeps and seen[least] >= _LEAST:
+                    return seen
+                if time.monotonic() > deadline:
+                    if least == "mixed":
+                        return seen  # the finding tells that none was
+                    raise TimedOut(f"The writer of switch-cost stood still ({setting.case}).")
+                program.test_run()
+        finally:
+            ended.set()
+
+    def write() -> None:
+        number = 2
+        while not ended.is_set():
+            begun = time.monotonic_ns()
+            change(number)
+            took_ns.append(time.monotonic_ns() - begun)
+            number += 1
+            if setting.writer == "flip_twice":
+                time.sleep(_PAUSE_S)
+
+    seen: np.void = together(read, write)[0]
+    return seen, took_ns
+
+
+@dataclass
+class _Table:
+    """One table in all its forms, and the ways to publish its generation of some number."""
+
+    layout: Layout
+    outer: Map
+    halves: Map
+    word: Map
+    open: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> _Table:
+        self._keys = np.arange(self.layout.max_entries, dtype=np.uint32)
+        self._spares = [self.open.enter_context(self.layout.new("spare")) for _ in range(2)]
+        self._flip = self.open.enter_context(IndexFlipWriter(self.halves, self.word))
+        self._generations = DoubleMapWriter(self.outer, self.layout)
+        self._done = 0  # generations published by the compare-and-refuse writers
+        self.word.update(0, 0)
+        self.open.callback(self._empty)
+        return self
+
+    def _empty(self) -> None:
+        with suppress(KeyAbsent):
+            self.outer.delete(IN_FORCE)
+
+    def __exit__(self, *_: object) -> None:
+        self.open.close()
+
+    def _values(self, number: int) -> Values:
+        return np.full(len(self._keys), number, np.uint64)
+
+    def in_place(self, number: int) -> None:
+        self._spares[0].update_many(self._keys, self._values(number))
+
+    def reuse(self, number: int) -> None:
+        spare = self._spares[number % 2]
+        spare.update_many(self._keys, self._values(number))
+        self.outer.update(IN_FORCE, spare.fd)
+
+    def publish(self, number: int) -> None:
+        self._done = self._generations.publish(
+            self._keys, self._values(number), expected=self._done
+        )
+
+    def flip(self, number: int) -> None:
+        half = self._keys + number % 2 * len(self._keys)
+        self.halves.update_many(half, self._values(number))
+        self.word.update(0, number)
+
+    def flip_twice(self, number: int) -> None:
+        self.flip(2 * number)
+        self.flip(2 * number + 1)
+
+    def flip_and_wait(self, number: int) -> None:
+        self._done = self._flip.publish(self._values(number), expected=self._done)
+
+
+_CHANGES = {
+    "batch update in place": "in_place",
+    "index flip": "flip",
+    "index flip that waits": "flip_and_wait",
+    "old map filled again, switch": "reuse",
+    "new map, switch": "publish",
+}
+
+
+def _costs(keys: int, switches: int) -> list[dict[str, object]]:
+    """Time each way to publish a table of some size, idle and while both CPUs are busy."""
+    rows: list[dict[str, object]] = []
+    layout = Layout("u4", "u8", keys)
+    with ExitStack() as stack:
+
+        def array(value: str, entries: int) -> Map:
+            return stack.enter_context(Layout("u4", value, entries, MapKind.ARRAY).new("labkit"))
+
+        tables = {
+            method: stack.enter_context(
+                _Table(
+                    layout,
+                    stack.enter_context(layout.outer()),
+                    array("u8", 2 * keys),
+                    array("u8", 1),
+                )
+            )
+            for method in _CHANGES.values()
+        }
+
+        def time_all(load: str) -> None:
+            say(f"timing {keys:,} keys, {load}")
+            for turn in range(switches + 1):  # the first is not kept
+                for name, method in _CHANGES.items():
+                    change: Change = getattr(tables[method], method)
+                    begun = time.monotonic_ns()
+                    change(turn)
+                    took = time.monotonic_ns() - begun
+                    if turn:
+                        rows.append({"change": name, "keys": keys, "load": load, "ns": took})
+
+        time_all("idle")
+        with _busy():
+            time_all("both CPUs busy")
+    return rows
+
+
+@contextmanager
+def _busy() -> Iterator[None]:
+    """One process that spins on each CPU."""
+
+    def spin() -> None:
+        deadline = time.monotonic() + 4 * _LIMIT_S
+        while time.monotonic() < deadline:
+            pass
+
+    with ExitStack() as stack:
+        for cpu in cpus():
+            stack.enter_context(Child(spin, cpu=cpu))
+        yield
