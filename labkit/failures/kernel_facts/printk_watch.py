@@ -29,6 +29,8 @@ _STEPS = 20
 _LINES_AT_ONCE = 1_000  # a private buffer holds them with ease
 _MOST_CALLS = 100_000
 _PERF_LIMIT_S = 20.0
+# Without -B and -N perf fills a cache of build ids in the user's home, and leaves it there.
+_PERF_RECORD = ("record", "-q", "-B", "-N")
 
 _SETTINGS = (
     # variant, case, function
@@ -172,7 +174,8 @@ def _names() -> pd.DataFrame:
 def _perf_answer(perf: str, event: str) -> str:
     """What perf says against an event; empty where it takes it."""
     with temporary_folder() as folder:
-        command = [perf, "record", "-q", "-e", event, "-o", str(folder / "perf.data"), "--", "true"]
+        data = str(folder / "perf.data")
+        command = [perf, *_PERF_RECORD, "-e", event, "-o", data, "--", "true"]
         try:
             done = _bounded(command)
         except subprocess.TimeoutExpired:
@@ -216,7 +219,7 @@ def _record(perf: str, data: Path, mark: str, work: Callable[[], object]) -> Non
         for end in (to_perf, from_perf):
             ends.callback(os.close, end)
         command = [
-            perf, "record", "-q", "-a", "-m", "1024", "-e", _EVENT,
+            perf, *_PERF_RECORD, "-a", "-m", "1024", "-e", _EVENT,
             "--filter", f'bpf_string ~ "{mark}*"', "-o", str(data),
             "--delay=-1", f"--control=fd:{orders},{answers}",
         ]  # fmt: skip
