@@ -10,7 +10,19 @@ import time
 
 
 def main(map_id: int, keys: int, writes: int, per_second: int) -> None:
-    """Write versions 1, 2, ... of each key in turn, on a schedule."""
+    """Write versions 1, 2, ... of each key in turn, on a schedule.
+
+    Parameters
+    ----------
+    map_id : int
+        Id of the map.
+    keys : int
+        Keys 0, 1, ... that are written in turn.
+    writes : int
+        How many writes in all.
+    per_second : int
+        Their rate.
+    """
     libbpf = ctypes.CDLL("libbpf.so.1")
     fd = libbpf.bpf_map_get_fd_by_id(ctypes.c_uint32(map_id))
     key, value = ctypes.c_uint32(), (ctypes.c_uint64 * 2)()
