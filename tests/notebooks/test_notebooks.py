@@ -91,7 +91,7 @@ def test_without_bpf_the_report_stands_on_recorded_runs(tmp_path: Path) -> None:
     index = (folder / "index.html").read_text()
     shown = set(re.findall(r"#cell-id=exp[^>]*>([a-z0-9-]+)</a>", index))
     assert shown == set(catalogue())
-    # What needs no BPF (a Go map) is measured here too, and runs of the benchmark are in no notebook.
+    # A Go map needs no BPF, so it is live here too; the benchmark is in no notebook.
     recorded = {run.parent.name for run in RECORDED.glob("*/quick/*/run.json")}
     standing_in = [id for id, one in catalogue().items() if "bpf" in one.needs and id in recorded]
     assert index.count(">recorded on ") >= len(standing_in) > 0
