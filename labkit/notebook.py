@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -189,6 +189,57 @@ class Investigation:
         self._parameters[experiment] = run.parameters
         return run
 
+    def load(self, experiment: str) -> Run | None:
+        """The newest saved run of this profile, measured by another notebook; nothing is measured.
+
+        Where there is none, the recorded run stands in, marked.
+
+        Parameters
+        ----------
+        experiment : str
+            Id, as ``python -m labkit list`` shows it.
+
+        Returns
+        -------
+        Run or None
+            None where there is none to show.
+
+        Raises
+        ------
+        BadInput
+            There is no such experiment.
+        """
+        subject = find(experiment)
+        run = runs.latest(self.runs_folder, experiment, self.profile)
+        if run is None:
+            lacks = f"{experiment} was not measured here yet."
+            run = self._recorded(subject, _Progress(experiment), lacks)
+        if run is not None:
+            line = f"{'Recorded' if run.recorded else 'Measured'} on kernel {run.kernel}, read "
+            line += f"from {_place(run)}."
+            _show(_banner(line) if run.recorded else f"<p>{escape(line)}</p>", line)
+        return run
+
+    def tabulate(self, run: Run | None, table: Callable[[Run], pd.DataFrame]) -> None:
+        """Show a table that is made from a run.
+
+        Parameters
+        ----------
+        run : Run or None
+            From `measure` or `load`; nothing is shown for None.
+        table : callable
+            Takes the run.
+        """
+        if run is None:
+            return
+        try:
+            rows = table(run)
+        except Exception as error:
+            self._failed(find(run.experiment), error)
+            return
+        with pd.option_context("display.max_colwidth", None):
+            _show(rows.to_html(index=False, border=0), rows.to_string(index=False))
+
     def show(self, run: Run | None, table: str) -> None:
         """Show one table of a run, at most its first twenty rows.
 
@@ -212,7 +263,7 @@ class Investigation:
             html = head.to_html(index=False, border=0)
         _show(html + rest, head.to_string(index=False))
 
-    def draw(self, run: Run | None, *, key: bool = False) -> None:
+    def draw(self, run: Run | None, *, of: str | None = None, key: bool = False) -> None:
         """Draw the experiment's figure from the run, as a static picture.
 
         The figure itself says where its run was recorded, if it was.
@@ -221,6 +272,8 @@ class Investigation:
         ----------
         run : Run or None
             From `measure`; nothing is drawn for None.
+        of : str, optional
+            Another figure than the experiment's own, where its runs have several.
         key : bool
             This figure stands for the notebook on the report's first page; the first one
             does where none is marked.
@@ -229,7 +282,7 @@ class Investigation:
             return
         subject = find(run.experiment)
         try:
-            picture = _picture(run)
+            picture = _picture(run, of)
         except Exception as error:
             self._failed(subject, error)
             return
@@ -417,12 +470,12 @@ def _show(html: str, text: str) -> None:
     _display({"text/html": html, "text/plain": text})
 
 
-def _picture(run: Run) -> bytes:
+def _picture(run: Run, of: str | None = None) -> bytes:
     """PNG of the run's figure."""
     from labkit.analysis import figures
 
     file = io.BytesIO()
-    figures.draw(run).savefig(file, format="png", dpi=200)
+    figures.draw(run, of).savefig(file, format="png", dpi=200)
     return file.getvalue()
 
 

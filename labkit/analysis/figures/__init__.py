@@ -48,13 +48,15 @@ def draws(experiment: str) -> Callable[[AnyDrawing], AnyDrawing]:
     return decorate
 
 
-def draw(run: Run) -> Figure:
-    """Draw the figure of a run and sign it with its provenance.
+def draw(run: Run, of: str | None = None) -> Figure:
+    """Draw a figure of a run and sign it with its provenance.
 
     Parameters
     ----------
     run
         A run; with empty counts, nothing is drawn on the axes.
+    of
+        Another figure than the experiment's own, where its runs have several.
 
     Returns
     -------
@@ -64,9 +66,9 @@ def draw(run: Run) -> Figure:
     Raises
     ------
     BadInput
-        When no figure is written for the run's experiment.
+        When no such figure is written.
     """
-    drawing = _drawings.find(run.experiment)
+    drawing = _drawings.find(of or run.experiment)
     before = set(pyplot.get_fignums())
     try:
         with style.applied():

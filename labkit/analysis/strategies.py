@@ -1,0 +1,204 @@
+"""What the benchmark of the strategies says to one who must choose: tables from a saved run."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Final
+
+import pandas as pd
+
+from labkit.analysis.findings.sync_benchmark import middle_rate, rows_of
+from labkit.analysis.runs import Run
+
+PUBLISHED: Final = Path(__file__).resolve().parents[2] / "data" / "reference" / "sync-methods.csv"
+"""The article's table: method, changes per second, p99 (ms), CPU (%), observability, where."""
+
+_OURS: Final = {"batch pull": "poll 10 ms", "event-driven": "events", "hybrid": "hybrid"}
+_NEAR: Final = 1.1  # what differs by less is told apart by no run
+_LOST: Final = 0.001  # of the changes: a rate is carried while fewer are not handed out
+_BEHIND: Final = 0.95  # and while the writer reaches this share of it
+
+
+def beside_the_article(run: Run) -> pd.DataFrame:
+    """Put the article's table beside ours, as ratios to the batch pull.
+
+    The article names no hardware, rate, payload or loss, so that only ratios and the order of the
+    methods can be compared. Ours, at the second rate of the run: ``throughput`` is the highest
+    rate of the run at which fewer than 0.1 % of the versions were not handed out; a poll passes
+    versions over without any error, the more of them the fewer keys are written. Medians over the
+    repetitions.
+
+    Parameters
+    ----------
+    run : Run
+        Of sync-benchmark.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row for each figure of the article and method: ``figure``, ``method``, ``article``,
+        ``here``, ``article's ratio``, ``ratio here`` (to the batch pull), ``verdict``.
+    """
+    published = pd.read_csv(PUBLISHED).set_index("method")
+    rate = middle_rate(run)
+    here = {}
+    for method, strategy in _OURS.items():
+        rows = rows_of(run, strategy, rate)
+        here[method] = {
+            "throughput_per_s": carried(run, strategy),
+            "p99_ms": float(rows["p99_ns"].median()) / 1e6,
+            "cpu_percent": float(rows["follower_cpu"].median()) * 100,
+        }
+    ours = pd.DataFrame(here).T
+    lines = []
+    for column, words in (
+        ("throughput_per_s", "throughput (changes/s, all versions)"),
+        ("p99_ms", f"P99 (ms, at {rate:,}/s)"),
+        ("cpu_percent", f"CPU (% of one, at {rate:,}/s)"),
+    ):
+        theirs, mine = published[column], ours[column]
+        order = list(theirs.sort_values().index)
+        same = all(mine[a] <= _NEAR * mine[b] for a, b in itertools.pairwise(order))
+        for method in _OURS:
+            ratio = float(theirs[method] / theirs["batch pull"])
+            other = float(mine[method] / mine["batch pull"])
+            lines.append(
+                {
+                    "figure": words,
+                    "method": method,
+                    "article": f"{theirs[method]:,}",
+                    "here": _figure(mine[method]),
+                    "article's ratio": f"{ratio:.2f}",
+                    "ratio here": f"{other:.2f}",
+                    "verdict": _verdict(ratio, other, same),
+                }
+            )  # fmt: skip
+    for method, strategy in _OURS.items():
+        rows = rows_of(run, strategy)
+        share = float(rows["delivered"].sum() / rows["operations"].sum())
+        lines.append(
+            {
+                "figure": "observability",
+                "method": method,
+                "article": str(published.loc[method, "observability"]),
+                "here": f"{share:.1%} of all versions handed out",
+                "article's ratio": "",
+                "ratio here": "",
+                "verdict": "every version" if share > 1 - _LOST else "the newest version of a key",
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def carried(run: Run, strategy: str) -> float:
+    """The highest rate of the run that a strategy carries; changes per second.
+
+    Parameters
+    ----------
+    run : Run
+        Of sync-benchmark.
+    strategy : str
+        Its name in the run.
+
+    Returns
+    -------
+    float
+        The lowest rate's achieved one where none is carried with every version.
+    """
+    rows = rows_of(run, strategy)
+    best = 0.0
+    for rate, of in rows.groupby("rate"):
+        missed = 1 - of["delivered"].sum() / of["operations"].sum()
+        if missed < _LOST and of["achieved"].median() >= _BEHIND * float(str(rate)):
+            best = max(best, float(of["achieved"].median()))
+    return best
+
+
+def choices(run: Run) -> pd.DataFrame:
+    """Which strategy for which need, with the measured reason.
+
+    Parameters
+    ----------
+    run : Run
+        Of sync-benchmark.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns ``need``, ``choose`` and ``because`` (text). A need that the run did not measure
+        names the section of the report that does.
+    """
+    rate = middle_rate(run)
+    cells = run.table("cells")
+    plain = cells[(cells["writer"] == "program") & (cells["wakeup"] == "default")]
+    plain = plain[plain["value_bytes"] == plain["value_bytes"].min()]
+    at = plain[plain["rate"] == rate].groupby("strategy")
+    late = at[["commit_p50_ns", "p99_ns"]].median()
+    fast = str(late["commit_p50_ns"].idxmin())
+    slow = late.loc["poll 10 ms"]
+    whole = plain.groupby("strategy")[["operations", "delivered", "dropped"]].sum()
+    missed: dict[str, float] = (1 - whole["delivered"] / whole["operations"]).to_dict()
+    complete = whole[whole["delivered"] >= whole["operations"]]
+    carry = {str(name): carried(run, str(name)) for name in complete.index}
+    safe = max(carry, key=lambda name: (carry[name], name == "hybrid")) if carry else ""
+    cost = at["follower_ns"].median()
+    cheap = str(cost.idxmin())
+    foreign = cells[(cells["writer"] == "process") & (cells["rate"] == rate)]
+    hook = foreign[foreign["strategy"] == "hook"]
+    poll = foreign[foreign["strategy"] == "poll 10 ms"]
+    lines = [
+        (
+            "lowest latency", fast,
+            f"p50 of {_ms(late.loc[fast, 'commit_p50_ns'])} ms after the commit at {rate:,}/s; "
+            f"the 10 ms poll {_ms(slow['commit_p50_ns'])} ms",
+        ),
+        (
+            "no lost version", safe or "none",
+            f"every version handed out, up to {carry[safe]:,.0f}/s; polls passed over "
+            f"{missed['poll 10 ms']:.0%} of all (10 ms) and "
+            f"{missed['poll 1 ms']:.0%} (1 ms)"
+            if safe else "every strategy dropped or passed over some in this run",
+        ),
+        (
+            "atomic over keys", "double map",
+            "no strategy of this run promises it: see double-map in the notebook on watching",
+        ),
+        (
+            "foreign writers", "hook, with a slow pull",
+            f"p50 of {_ms(hook['commit_p50_ns'].median())} ms after the commit and "
+            f"{hook['delivered'].sum() / hook['operations'].sum():.0%} of the versions, from a "
+            f"process that tells nobody; the 10 ms poll {_ms(poll['commit_p50_ns'].median())} ms. "
+            "Which writes a hook does not see: coverage-matrix"
+            if len(hook) else "not measured in this run",
+        ),
+        (
+            "lowest cost", cheap,
+            f"{cost[cheap] / 1e3:,.1f} us of the follower's CPU per change at {rate:,}/s, events "
+            f"{cost['events'] / 1e3:,.1f} us; it handed out "
+            f"{1 - missed[cheap]:.0%} of all versions",
+        ),
+    ]  # fmt: skip
+    return pd.DataFrame(lines, columns=["need", "choose", "because"])
+
+
+def _figure(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _ms(ns: float) -> str:
+    return f"{ns / 1e6:,.2g}"
+
+
+def _verdict(theirs: float, ours: float, same_order: bool) -> str:
+    if math.isclose(theirs, 1.0) and math.isclose(ours, 1.0):
+        return "the measure of the others"
+    if not ours or math.isinf(ours) or math.isnan(ours):
+        return "cannot be compared"
+    order = "same order of the methods" if same_order else "another order of the methods"
+    if (theirs > 1) != (ours > 1):
+        return f"contradicted: the other side of the batch pull; {order}"
+    off = max(theirs / ours, ours / theirs)
+    words = "about as published" if off < 1.5 else f"the same side, {off:,.1f} times off"
+    return f"{words}; {order}"

@@ -1,0 +1,65 @@
+"""The open-loop load on a real kernel: every write accounted for and seen."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+from labkit.analysis.checkers import accounting
+from labkit.errors import BadInput
+from labkit.sync.hybrid import Hybrid
+from labkit.sync.poll import Poll
+from labkit.sync.ring_events import RingEvents
+from labkit.sync.trace_hook import TraceHook
+from labkit.workload import WRITERS, Load
+
+pytestmark = pytest.mark.usefixtures("kernel")
+
+
+@pytest.mark.parametrize("value_bytes", [8, 64, 1024])
+def test_each_follower_accounts_for_every_write(value_bytes: int) -> None:
+    """One load, followers in turns: what one left unread is no change of the next."""
+    before = os.sched_getaffinity(0)
+    with Load(value_bytes, keys=7, most_operations=1_009, ring_bytes=1 << 16) as load:
+        for writer in WRITERS:
+            followers = [Poll(0.001), TraceHook(pull_s=None)]
+            if writer == "program":
+                followers = [
+                    Poll(0.001), RingEvents(load.channel), Poll(0.01), Hybrid(load.channel),
+                ]  # fmt: skip
+            for strategy in followers:
+                with strategy:
+                    trace = load.run(strategy, rate=50_021, seconds=1, writer=writer)
+                stats = trace.stats
+                assert len(trace) == stats.produced == 1_009
+                unaccounted = accounting(
+                    produced=stats.produced, delivered=stats.delivered,
+                    dropped=stats.dropped, coalesced=stats.coalesced,
+                )  # fmt: skip
+                assert unaccounted == 0
+                assert (trace.seen_ns > 0).all() and (trace.end_ns >= trace.start_ns).all()
+                assert (trace.start_ns >= trace.intended_ns).all(), "nothing is written early"
+                assert (np.diff(trace.intended_ns.astype(np.int64)) > 0).all()
+                if writer == "program" and not isinstance(strategy, Poll):
+                    assert (trace.seen_ns >= trace.start_ns).all()
+                assert trace.map_bytes > 0 and trace.replica_bytes == 7 * (16 + value_bytes)
+    assert os.sched_getaffinity(0) == before
+
+
+def test_a_ring_that_is_too_small_drops_and_every_write_is_seen_all_the_same() -> None:
+    with Load(1024, wakeup="never", keys=11, most_operations=997, ring_bytes=4096) as load:
+        with RingEvents(load.channel, timer_s=0.05) as strategy:
+            trace = load.run(strategy, rate=1e6, seconds=1)
+        assert trace.stats.dropped > 0
+        assert (trace.seen_ns > 0).all()
+
+
+def test_bad_orders_are_refused() -> None:
+    with pytest.raises(BadInput, match="8 to 1024"):
+        Load(12, keys=1, most_operations=1, ring_bytes=4096)
+    with Load(8, keys=1, most_operations=1, ring_bytes=4096) as load:
+        for rate, seconds, writer in ((0.0, 1.0, "program"), (1.0, 0.0, "program"), (1, 1, "me")):
+            with pytest.raises(BadInput, match="A load has"), Poll() as strategy:
+                load.run(strategy, rate=rate, seconds=seconds, writer=writer)

@@ -1,0 +1,130 @@
+"""The benchmark's pure parts: the matrix, when a write was seen, and the tables made from a run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from labkit.analysis.findings import judge
+from labkit.analysis.runs import Run, Triad
+from labkit.analysis.strategies import beside_the_article, choices
+from labkit.comparisons.sync_benchmark import STRATEGIES, Cell, matrix
+from labkit.sync.changes import change_dtype
+from labkit.workload import seen_at
+
+
+def made_up() -> Run:
+    """A run with round figures: events at once, polls late and with versions passed over."""
+    rows = []
+    for number, cell in enumerate(matrix([1_000, 10_000, 100_000], [8, 64], [1_000_000])):
+        delay, given_out = (5e6, 0.25) if cell.strategy.startswith("poll") else (1e5, 1.0)
+        delivered = 1_000 if cell.rate == 1_000 else int(1_000 * given_out)
+        for repetition in range(5):
+            rows.append(
+                {
+                    "cell": number, "repetition": repetition, **dataclasses.asdict(cell),
+                    "operations": 1_000, "produced": 1_000, "delivered": delivered, "dropped": 0,
+                    "coalesced": 1_000 - delivered, "unseen": 0, "measured": 800,
+                    "mean_ns": delay, "p50_ns": delay, "p99_ns": 2 * delay, "late_p99_ns": 1e4,
+                    "commit_mean_ns": delay, "commit_p50_ns": delay, "commit_p99_ns": 2 * delay,
+                    "achieved": float(cell.rate), "writer_ns": 200.0, "follower_cpu": 0.1,
+                    "follower_ns": 1e12 / delay,
+                }
+            )  # fmt: skip
+    cells = pd.DataFrame(rows)
+    triad = Triad("write never seen")
+    triad.add("broken", case="poll", operations=5_000, anomalies=3_750)
+    triad.add("control", case="events", operations=5_000, anomalies=0)
+    for name in cells["strategy"].unique():
+        count = int((cells["strategy"] == name).sum()) * 1_000
+        triad.add("fixed", case=name, operations=count, anomalies=0)
+    return Run(
+        "sync-benchmark",
+        "quick",
+        {"rates": [1_000, 10_000, 100_000]},
+        {"kernel": "6.18.44", "recorded_at": "2026-11-22T22:00:00+00:00"},
+        {"counts": triad.table(), "cells": cells},
+    )
+
+
+def test_the_matrix_names_strategies_that_exist_and_no_cell_twice() -> None:
+    cells = matrix([1_000, 10_000, 100_000], [8, 64, 1024], [1_000_000])
+    assert {cell.strategy for cell in cells} == set(STRATEGIES)
+    assert len(cells) == len(set(cells))
+    for strategy in ("events", "poll 10 ms", "hybrid"):
+        assert {Cell(strategy, rate) for rate in (1_000, 10_000, 100_000, 1_000_000)} <= set(cells)
+
+
+@given(st.data())
+def test_seen_is_the_first_sight_of_that_version_or_a_newer_one(data: st.DataObject) -> None:
+    keys, rounds, first = 3, 4, 7
+    place = np.arange(keys * rounds)
+    key, version = (place % keys).astype(np.uint64), (first + place // keys).astype(np.uint64)
+    # What a follower may deliver: rows in time, versions that only grow by key, old ones too.
+    told = data.draw(st.lists(st.tuples(st.integers(0, keys - 1), st.integers(first - 2, 10))))
+    news = np.zeros(len(told), change_dtype("u8", "u8"))
+    for row, (at, (of, to)) in zip(news, enumerate(told, 1), strict=True):
+        row["key"], row["version"], row["seen_ns"] = of, to, 100 * at
+    cut = data.draw(st.integers(0, len(news)))
+    seen = seen_at([news[:cut], news[cut:]], key, version, keys, first)
+    for i in place:
+        moments = [
+            int(row["seen_ns"])
+            for row in news
+            if row["key"] == key[i] and row["version"] >= version[i]
+        ]
+        assert seen[i] == min(moments, default=0)
+
+
+def test_a_sound_run_holds() -> None:
+    finding = judge(made_up()).require()
+    assert "p99 of events is below the mean" in str(finding)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("dropped", 1), ("produced", 999), ("unseen", 1), ("commit_p50_ns", 4e6),
+     ("commit_p99_ns", 6e6)],
+)  # fmt: skip
+def test_a_run_in_which_events_go_wrong_fails(column: str, value: float) -> None:
+    run = made_up()
+    cells = run.tables["cells"].copy()
+    cells.loc[cells["strategy"] == "events", column] = value
+    spoilt = dataclasses.replace(run, tables={**run.tables, "cells": cells})
+    assert not judge(spoilt).holds
+
+
+def test_tails_are_not_compared_where_the_writer_was_late() -> None:
+    run = made_up()
+    cells = run.tables["cells"].assign(late_p99_ns=5e6)
+    finding = judge(dataclasses.replace(run, tables={**run.tables, "cells": cells}))
+    assert finding.holds and "p99 of events is below the mean" not in str(finding)
+
+
+def test_the_article_stands_beside_the_run() -> None:
+    table = beside_the_article(made_up())
+    assert list(table["method"]) == ["batch pull", "event-driven", "hybrid"] * 4
+    throughput = table[table["figure"].str.startswith("throughput")]
+    assert list(throughput["here"]) == ["1,000", "1,000,000", "1,000,000"]
+    assert "contradicted" in throughput["verdict"].iloc[1]
+    p99 = table[table["figure"].str.startswith("P99")]
+    assert list(p99["ratio here"]) == ["1.00", "0.02", "0.02"]
+    assert "same side" in p99["verdict"].iloc[1]
+
+
+def test_every_need_has_a_choice_and_a_measured_reason() -> None:
+    table = choices(made_up())
+    choose, because = (
+        dict(zip(table["need"], map(str, table[column]), strict=True))
+        for column in ("choose", "because")
+    )
+    assert choose["lowest latency"].startswith(("events", "hybrid"))
+    assert "1,000,000/s" in because["no lost version"]
+    assert choose["lowest cost"].startswith("poll")
+    assert "100%" in because["foreign writers"]
+    assert not (table == "").any().any()
