@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,21 +12,18 @@ import pandas as pd
 from labkit.analysis import checkers, history
 from labkit.analysis.history import Op
 from labkit.analysis.runs import Triad
-from labkit.errors import TimedOut
+from labkit.failures import open_loop
 from labkit.failures.experiment import Tables, experiment, say
+from labkit.failures.open_loop import OpenLoopWriter
 from labkit.kernel import programs
 from labkit.kernel.libbpf import ProgramKind
-from labkit.kernel.parallel import Child, another_cpu, shared_array
 from labkit.kernel.programs import Unit
 from labkit.kernel.ringbuf import RingReader
 
 _WRITER, _FOLLOWER = 0, 1
 _CHANGE = np.dtype([("version", "u8"), ("committed_ns", "u8")])
-_HEAD_START_NS = 30_000_000  # until the first write: the follower is looking by then
-_SPIN_NS = 150_000  # of the wait for a moment, so much is spun: sleeping is not that exact
 
 Reads = list[tuple[int, int, int]]  # version, start and end in nanoseconds
-Until = Callable[[], bool]
 
 
 @experiment(
@@ -74,8 +70,7 @@ def poll_interval(*, periods_ms: list[float], gap_ms: float, changes: int, seed:
         from the moment at which the change was intended to that at which it, or a newer
         one, was seen.
     """
-    gaps = np.random.default_rng(seed).exponential(gap_ms * 1e6, changes)
-    schedule = np.cumsum(gaps).astype(np.int64)
+    moments = open_loop.schedule(changes, gap_ms, seed)
     ways: list[tuple[str, str, float]] = [
         ("broken", f"poll every {period:g} ms", period) for period in periods_ms
     ]
@@ -84,7 +79,7 @@ def poll_interval(*, periods_ms: list[float], gap_ms: float, changes: int, seed:
     triad, follows, delays = Triad("missed"), [], []
     for variant, case, period_ms in ways:
         say(case)
-        whole, looks, cpu_ns = _follow(schedule, period_ms, closed_loop=variant == "control")
+        whole, looks, cpu_ns = _follow(moments, period_ms, closed_loop=variant == "control")
         written = (whole["op"] == Op.WRITE) & (whole["version"] > 0)
         missed = int(checkers.missed(whole, _FOLLOWER).sum())
         seen = checkers.first_seen(whole, _FOLLOWER)[written].astype(np.int64)
@@ -121,78 +116,49 @@ def poll_interval(*, periods_ms: list[float], gap_ms: float, changes: int, seed:
 
 
 def _follow(
-    schedule: npt.NDArray[np.int64], period_ms: float, *, closed_loop: bool
+    moments: npt.NDArray[np.int64], period_ms: float, *, closed_loop: bool
 ) -> tuple[history.History, int, int]:
     """History of one writer and one follower, the follower's looks and its CPU time."""
-    times = shared_array((len(schedule), 2), np.int64)  # of each write: start, end
-    seen = shared_array(1, np.int64)  # newest version that the follower has
-    done = shared_array(1, np.int64)
     with programs.load("versioned_write") as unit:
-        writer = unit.function("write_version", ProgramKind.SYSCALL)
+        program = unit.function("write_version", ProgramKind.SYSCALL)
+        context = np.zeros(1, np.uint64)
 
-        intended = time.monotonic_ns() + _HEAD_START_NS + schedule
+        def write(version: int) -> None:
+            context[0] = version
+            program.test_run(context=context)
 
-        def write() -> None:
-            version = np.zeros(1, np.uint64)
-            for i, moment in enumerate(intended.tolist()):
-                while closed_loop and seen[0] < i:
-                    time.sleep(0.0001)
-                _wait_until(moment)
-                version[0] = i + 1
-                times[i, 0] = time.monotonic_ns()
-                writer.test_run(context=version)
-                times[i, 1] = time.monotonic_ns()
-            done[0] = 1
-
-        limit_s = 10 + 4 * float(schedule[-1]) / 1e9
-        if closed_loop:
-            limit_s += 4 * len(schedule) * period_ms / 1e3
-        with Child(write, cpu=another_cpu(_WRITER)) as child:
-
-            def all_seen() -> bool:
-                return bool(done[0]) and seen[0] >= len(schedule)
-
+        wait_ms = period_ms if closed_loop else 0.0
+        with OpenLoopWriter(moments, write, closed_loop_ms=wait_ms) as writer:
             before = _cpu_ns()
             follow = _events if np.isnan(period_ms) else _polls
-            reads = follow(unit, period_ms, seen, all_seen, time.monotonic() + limit_s)
+            reads = follow(unit, period_ms, writer)
             spent = _cpu_ns() - before
-            child.result()
-    if closed_loop:  # the writer keeps no schedule then: its intention is its start
-        intended = times[:, 0]
-    return _history(intended, times, reads), len(reads), spent
+    return _history(writer.intended_ns, writer.times, reads), len(reads), spent
 
 
-def _polls(
-    unit: Unit, period_ms: float, seen: npt.NDArray[np.int64], ended: Until, deadline: float
-) -> Reads:
+def _polls(unit: Unit, period_ms: float, writer: OpenLoopWriter) -> Reads:
     value = np.zeros(1, _CHANGE)
     look = unit.map("current", value=_CHANGE).reader(0, value)
     period_ns, reads = round(period_ms * 1e6), []
     moment = time.monotonic_ns()
-    while not ended():
-        _check(deadline)
+    while not writer.all_seen():
         begun = time.monotonic_ns()
         look()
         reads.append((int(value["version"][0]), begun, time.monotonic_ns()))
-        seen[0] = reads[-1][0]
-        # A poller that is late skips the looks that it has missed; it does not catch up.
-        moment += max(1, -(-(time.monotonic_ns() - moment) // period_ns)) * period_ns
-        _wait_until(moment)
+        writer.saw(reads[-1][0])
+        moment = open_loop.next_look(moment, period_ns)
     return reads
 
 
-def _events(
-    unit: Unit, period_ms: float, seen: npt.NDArray[np.int64], ended: Until, deadline: float
-) -> Reads:
+def _events(unit: Unit, period_ms: float, writer: OpenLoopWriter) -> Reads:
     reads = [(0, time.monotonic_ns(), time.monotonic_ns())]
     with RingReader(unit.map("changes"), _CHANGE) as ring:
-        while not ended():
-            _check(deadline)
+        while not writer.all_seen():
             begun = time.monotonic_ns()
             changes = ring.poll(0.05)
             at = time.monotonic_ns()
             reads += [(int(version), begun, at) for version in changes["version"]]
-            seen[0] = reads[-1][0]
+            writer.saw(reads[-1][0])
     reads.append((reads[-1][0], time.monotonic_ns(), time.monotonic_ns()))
     return reads
 
@@ -205,7 +171,7 @@ def _history(
         key=0,
         actor=_WRITER,
         version=np.arange(1, len(times) + 1),
-        intended_ns=np.minimum(intended, times[:, 0]),
+        intended_ns=intended,
         start_ns=times[:, 0],
         end_ns=times[:, 1],
     )
@@ -214,19 +180,6 @@ def _history(
         Op.READ, key=0, actor=_FOLLOWER, version=version, start_ns=begun, end_ns=at
     )
     return history.concatenate(writes, looks)
-
-
-def _wait_until(moment: int) -> None:
-    left = moment - time.monotonic_ns()
-    if left > _SPIN_NS:
-        time.sleep((left - _SPIN_NS) / 1e9)
-    while time.monotonic_ns() < moment:
-        pass
-
-
-def _check(deadline: float) -> None:
-    if time.monotonic() > deadline:
-        raise TimedOut("The follower did not see the last change in time.")
 
 
 def _cpu_ns() -> int:

@@ -1,0 +1,433 @@
+"""Poll a status server over HTTP, as the article does: where the delay of a change goes."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from labkit.analysis.runs import Triad
+from labkit.errors import LabError, Unavailable
+from labkit.failures import open_loop
+from labkit.failures.experiment import Tables, experiment, say
+from labkit.failures.open_loop import OpenLoopWriter
+from labkit.kernel.libbpf import MapKind
+from labkit.kernel.maps import Map
+from labkit.kernel.parallel import Child
+
+PARTS = ("wait", "name lookup", "connect", "TLS", "request", "server", "compare")
+"""What the delay of a change is made of, in the order of time."""
+
+_HOST = "localhost"
+_TIMEOUT_S = 5.0  # of every operation on a socket, on both sides
+_REFUSE_EVERY = 3  # requests to _FLAKY
+_STATUS, _FLAKY = "/status", "/flaky"
+_NEWS, _NO_CHANGE, _UNKNOWN = "change", "no change", "unknown"
+
+
+@experiment(
+    "http-poll",
+    number=42,
+    family="sync",
+    question="Where does the delay go when a change is polled for over HTTP?",
+    claims=("3.2",),
+    needs=("bpf", "two_cpus"),
+    quick={"period_ms": 20.0, "gap_ms": 8.0, "changes": 20, "rounds": 2, "seed": 5},
+    full={"period_ms": 20.0, "gap_ms": 8.0, "changes": 80, "rounds": 6, "seed": 5},
+)
+def http_poll(*, period_ms: float, gap_ms: float, changes: int, rounds: int, seed: int) -> Tables:
+    """Ask a status server for the version in a map, every so often, and compare.
+
+    A server in a process of its own, on 127.0.0.1, looks the version up in the map and answers
+    JSON. Each of four clients, plain and TLS, with a new connection for each poll and with one
+    that is kept, stamps its steps. TLS is 1.3 with a P-256 certificate that the client verifies;
+    it is made for the run and never reaches a disk. Sessions are not resumed. Client and server
+    are Python: their parts hold the interpreter's time.
+
+    The article's client ignores errors, and so takes a request that failed for "no change". In
+    broken the server refuses every third request (503); in fixed the same client notices, and
+    asks again at once.
+
+    Parameters
+    ----------
+    period_ms : float
+        Poll period, milliseconds.
+    gap_ms : float
+        Mean gap between two changes, exponentially distributed, milliseconds; open loop.
+    changes : int
+        Changes in each round of each way.
+    rounds : int
+        All ways follow one another in each.
+    seed : int
+        Of the schedule, which differs from round to round.
+
+    Returns
+    -------
+    dict of DataFrame
+        ``counts``: an operation is a poll, an anomaly one after which the client believed that
+        nothing had changed although a newer version had been committed before the poll began;
+        ``cost_ns`` is the client's CPU time per poll. ``polls``: ``case``, ``round``, ``answer``
+        (``change``, ``no change``, ``unknown``), ``refused`` (bool), ``false`` (bool: such an
+        anomaly) and one column for each of `PARTS` but the first (int64 nanoseconds; 0 for a step
+        that was not needed). ``changes``: ``case``, ``round``, ``version``, ``seen_as`` (the
+        version by which it was noticed), ``delay`` (int64 nanoseconds from the intended moment to
+        the end of the comparison), and `PARTS`: how much of that delay fell into each step.
+        ``requests``: ``variant``, ``case``, ``polls``, ``refused``, ``served`` (by the server's
+        own count) and ``connections`` (by the server's count).
+
+    Raises
+    ------
+    Unavailable
+        The openssl command is missing, or localhost is not 127.0.0.1 here.
+    """
+    identity = _certificate()
+    triad, polls, seen = Triad("false no change"), [], []
+    requests: list[dict[str, object]] = []
+    for turn in range(rounds):
+        moments = open_loop.schedule(changes, gap_ms, seed + turn)
+        for way in _WAYS:
+            say(f"round {turn + 1} of {rounds}: {way.case}")
+            with Map.create(MapKind.HASH, key="u4", value="u8", max_entries=1) as table:
+                table.update(0, 0)
+                log, cpu_ns, writer, served = _follow(way, table, identity, moments, period_ms)
+            false = _false_no_change(log, writer.times[:, 1])
+            triad.add(
+                way.variant, case=way.case, operations=len(log), anomalies=int(false.sum()),
+                cost_ns=cpu_ns / len(log),
+            )  # fmt: skip
+            polls.append(_table_of_polls(way, turn, log, false))
+            seen.append(_table_of_changes(way, turn, log, writer.intended_ns))
+            requests.append(
+                {
+                    "variant": way.variant,
+                    "case": way.case,
+                    "polls": len(log),
+                    "refused": sum(poll.refused for poll in log),
+                    "served": served[0],
+                    "connections": served[1],
+                }
+            )
+    return {
+        "counts": triad.table(),
+        "polls": pd.concat(polls, ignore_index=True),
+        "changes": pd.concat(seen, ignore_index=True),
+        "requests": pd.DataFrame(requests),
+    }
+
+
+@dataclass(frozen=True)
+class _Way:
+    variant: str
+    tls: bool
+    keep: bool
+    path: str = _STATUS
+
+    @property
+    def case(self) -> str:
+        words = f"{'TLS' if self.tls else 'plain'}, {'kept' if self.keep else 'new connection'}"
+        extra = {"broken": ", errors ignored", "fixed": ", errors heeded"}
+        return words + extra.get(self.variant, "")
+
+
+_WAYS = (
+    *(_Way("control", tls, keep) for tls in (False, True) for keep in (True, False)),
+    *(_Way(how, tls, False, _FLAKY) for tls in (False, True) for how in ("broken", "fixed")),
+)
+
+
+@dataclass
+class _Poll:
+    """One poll: its steps' ends in the order of `PARTS`, CLOCK_MONOTONIC nanoseconds."""
+
+    knew: int  # version before
+    edges: list[int] = field(default_factory=list)  # start, then the end of each step
+    server: tuple[int, int] = (0, 0)  # from the request's arrival to the answer's departure
+    refused: bool = False
+    answer: str = _UNKNOWN
+    version: int = 0
+
+    def spans(self) -> list[list[tuple[int, int]]]:
+        """Intervals of each of `PARTS` but the wait; together they cover the poll, once."""
+        start, named, connected, secured, answered, compared = self.edges
+        begun, ended = self.server
+        return [
+            [(start, named)],
+            [(named, connected)],
+            [(connected, secured)],
+            [(secured, begun), (ended, answered)],
+            [(begun, ended)],
+            [(answered, compared)],
+        ]
+
+
+# -- the server ----------------------------------------------------------------------------
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    requests = connections = 0
+
+    def __init__(self, table: Map, context: ssl.SSLContext | None) -> None:
+        self.table, self.context = table, context
+        self.lock = threading.Lock()
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    def count(self) -> int:
+        with self.lock:
+            self.requests += 1
+            return self.requests
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Serve one connection; the handshake is its own thread's."""
+        with self.lock:
+            self.connections += 1
+        request.settimeout(_TIMEOUT_S)
+        if self.context is None:
+            super().finish_request(request, client_address)
+            return
+        with self.context.wrap_socket(request, server_side=True) as secure:
+            super().finish_request(secure, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no news; one that failed tells of it itself."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    timeout = _TIMEOUT_S
+    wbufsize = -1  # one write for header and body
+
+    def parse_request(self) -> bool:
+        self.arrived_ns = time.monotonic_ns()
+        return super().parse_request()
+
+    def do_GET(self) -> None:
+        server = cast(_Server, self.server)
+        number = server.count()
+        if self.path == "/counts":
+            answer: dict[str, int] = {"served": number - 1, "connections": server.connections - 1}
+        else:
+            answer = {"version": int(server.table.lookup(0)), "arrived_ns": self.arrived_ns}
+        refuse = self.path == _FLAKY and number % _REFUSE_EVERY == 0
+        if refuse:
+            del answer["version"]
+        self.send_response(503 if refuse else 200)
+        self.send_header("Content-Type", "application/json")
+        answer["left_ns"] = time.monotonic_ns()
+        body = json.dumps(answer).encode()
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: what was asked stands in the tables."""
+
+
+@contextmanager
+def _serving(table: Map, context: ssl.SSLContext | None) -> Iterator[int]:
+    """A server in a child that dies with us; yields its port."""
+    with _Server(table, context) as server, Child(server.serve_forever):
+        server.socket.close()  # the child has its own
+        yield int(server.server_address[1])
+
+
+def _certificate() -> bytes:
+    """Key and certificate for localhost, fresh; they stay in memory."""
+    command = shutil.which("openssl")
+    if command is None:
+        raise Unavailable("The openssl command is missing, which makes the server's certificate: "
+                          "install the package openssl.")  # fmt: skip
+    done = subprocess.run(
+        [command, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+         "-days", "2", "-subj", f"/CN={_HOST}", "-addext", f"subjectAltName=DNS:{_HOST}",
+         "-keyout", "-"],
+        capture_output=True, timeout=30, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    if done.returncode:
+        raise LabError(f"openssl made no certificate: {done.stderr.decode()[-200:].strip()}")
+    return done.stdout
+
+
+def _contexts(identity: bytes) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """The server's context and the client's."""
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    memory = os.memfd_create("certificate")
+    try:
+        os.write(memory, identity)
+        server.load_cert_chain(f"/proc/self/fd/{memory}")
+    finally:
+        os.close(memory)
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    public = identity[identity.index(b"-----BEGIN CERTIFICATE-----") :]
+    client.load_verify_locations(cadata=public.decode())
+    return server, client
+
+
+# -- the client ----------------------------------------------------------------------------
+
+
+class _Client:
+    """Asks for a path; stamps each step, and keeps the connection if it is to."""
+
+    def __init__(self, port: int, context: ssl.SSLContext | None, *, keep: bool) -> None:
+        self._port, self._context, self._keep = port, context, keep
+        self._connection: http.client.HTTPConnection | None = None
+
+    def get(self, path: str, poll: _Poll) -> tuple[int, bytes]:
+        """Status and body; the edges of all steps but the comparison are put into the poll."""
+        poll.edges.append(time.monotonic_ns())
+        if self._connection is None:
+            self._connection = self._connected(poll)
+        else:
+            poll.edges += [poll.edges[0]] * 3
+        self._connection.request("GET", path)
+        answer = self._connection.getresponse()
+        body = answer.read()
+        poll.edges.append(time.monotonic_ns())
+        if not self._keep:
+            self.close()
+        return answer.status, body
+
+    def _connected(self, poll: _Poll) -> http.client.HTTPConnection:
+        try:
+            found = socket.getaddrinfo(_HOST, self._port, socket.AF_INET, socket.SOCK_STREAM)
+        except socket.gaierror as error:
+            raise Unavailable(f"The name {_HOST} has no address here: {error.strerror}.") from None
+        address = found[0][4]
+        if address[0] != "127.0.0.1":
+            raise Unavailable(f"The name {_HOST} is {address[0]} here: let it be 127.0.0.1.")
+        poll.edges.append(time.monotonic_ns())
+        plain = socket.create_connection(("127.0.0.1", self._port), _TIMEOUT_S)
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        poll.edges.append(time.monotonic_ns())
+        connection = http.client.HTTPConnection(_HOST, self._port, timeout=_TIMEOUT_S)
+        connection.sock = plain
+        if self._context is not None:
+            connection.sock = self._context.wrap_socket(plain, server_hostname=_HOST)
+            poll.edges.append(time.monotonic_ns())
+        else:
+            poll.edges.append(poll.edges[-1])
+        return connection
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _follow(
+    way: _Way, table: Map, identity: bytes, moments: npt.NDArray[np.int64], period_ms: float
+) -> tuple[list[_Poll], int, OpenLoopWriter, tuple[int, int]]:
+    """All polls, the client's CPU time, the writer, the server's requests and connections."""
+    contexts = _contexts(identity) if way.tls else (None, None)
+    log: list[_Poll] = []
+    known = 0
+    period_ns = round(period_ms * 1e6)
+    with ExitStack() as stack:
+        port = stack.enter_context(_serving(table, contexts[0]))
+        client = _Client(port, contexts[1], keep=way.keep)
+        stack.callback(client.close)
+        writer = stack.enter_context(
+            OpenLoopWriter(moments, lambda version: table.update(0, version))
+        )
+        cpu_began = time.thread_time_ns()
+        moment = time.monotonic_ns()
+        while not writer.all_seen():
+            poll = _Poll(known)
+            known = _ask(client, way, poll)
+            log.append(poll)
+            writer.saw(known)
+            if poll.answer != _UNKNOWN:
+                moment = open_loop.next_look(moment, period_ns)
+        cpu_ns = time.thread_time_ns() - cpu_began
+        client.close()
+        counter = _Client(port, contexts[1], keep=False)
+        counts = json.loads(counter.get("/counts", _Poll(0))[1])
+    return log, cpu_ns, writer, (counts["served"], counts["connections"])
+
+
+def _ask(client: _Client, way: _Way, poll: _Poll) -> int:
+    """One poll; answers the version that the client knows by then."""
+    try:
+        status, body = client.get(way.path, poll)
+    except (OSError, http.client.HTTPException) as error:
+        raise LabError(f"The status server did not answer ({error!r}): try again.") from None
+    answer = json.loads(body)
+    poll.server = (answer["arrived_ns"], answer["left_ns"])
+    poll.refused = status != http.HTTPStatus.OK
+    poll.version = poll.knew
+    if poll.refused:
+        # The article's client does not look at the error: what brought no version is no change.
+        poll.answer = _UNKNOWN if way.variant == "fixed" else _NO_CHANGE
+    elif answer["version"] > poll.knew:
+        poll.answer, poll.version = _NEWS, answer["version"]
+    else:
+        poll.answer = _NO_CHANGE
+    poll.edges.append(time.monotonic_ns())
+    return poll.version
+
+
+# -- the tables ----------------------------------------------------------------------------
+
+
+def _false_no_change(
+    log: list[_Poll], committed_ns: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    newest = np.searchsorted(committed_ns, [poll.edges[0] for poll in log])
+    return np.array(
+        [
+            poll.answer == _NO_CHANGE and version > poll.knew
+            for poll, version in zip(log, newest.tolist(), strict=True)
+        ]
+    )
+
+
+def _table_of_polls(
+    way: _Way, turn: int, log: list[_Poll], false: npt.NDArray[np.bool_]
+) -> pd.DataFrame:
+    steps = [[sum(end - start for start, end in part) for part in poll.spans()] for poll in log]
+    table = pd.DataFrame(steps, columns=list(PARTS[1:]), dtype=np.int64)
+    table.insert(0, "case", way.case)
+    table.insert(1, "round", turn)
+    table.insert(2, "answer", [poll.answer for poll in log])
+    table.insert(3, "refused", [poll.refused for poll in log])
+    table.insert(4, "false", false)
+    return table
+
+
+def _table_of_changes(
+    way: _Way, turn: int, log: list[_Poll], intended_ns: npt.NDArray[np.int64]
+) -> pd.DataFrame:
+    news = [poll for poll in log if poll.answer == _NEWS]
+    versions = np.arange(1, len(intended_ns) + 1)
+    places = np.searchsorted([poll.version for poll in news], versions)
+    rows = []
+    for version, place, since in zip(versions, places, intended_ns.tolist(), strict=True):
+        poll = news[place]
+        # What of each step lies behind the intended moment: a change may come in the midst of it.
+        parts = [
+            sum(max(0, end - max(start, since)) for start, end in part) for part in poll.spans()
+        ]
+        wait = max(0, poll.edges[0] - since)
+        rows.append((version, poll.version, poll.edges[-1] - since, wait, *parts))
+    columns = ["version", "seen_as", "delay", *PARTS]
+    table = pd.DataFrame(rows, columns=columns, dtype=np.int64)
+    table.insert(0, "case", way.case)
+    table.insert(1, "round", turn)
+    return table
