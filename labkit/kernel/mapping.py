@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -13,20 +13,8 @@ import numpy.typing as npt
 
 from labkit.kernel.maps import Map, map_error
 
-_MAP_FAILED = ctypes.c_void_p(-1).value
 MS_ASYNC, MS_INVALIDATE, MS_SYNC = 1, 2, 4
 """Flags of msync(2)."""
-
-
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [
-        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
-    ]  # fmt: skip
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    libc.msync.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return libc
 
 
 class Mapping:
@@ -38,15 +26,15 @@ class Mapping:
         The live entries, shape ``(max_entries,)``: storing here is writing the map.
     """
 
-    def __init__(self, address: int, size: int, values: npt.NDArray[Any]) -> None:
-        self._address = address
-        self._size = size
+    def __init__(self, memory: mmap.mmap, values: npt.NDArray[Any]) -> None:
+        self._memory = memory
         self.values = values
 
     def msync(self, flags: int) -> int:
         """Call msync(2) on the mapping; answers 0 or minus the errno."""
-        libc = _libc()
-        if libc.msync(self._address, self._size, flags) == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        whole = (ctypes.c_uint8 * len(self._memory)).from_buffer(self._memory)
+        if libc.msync(ctypes.byref(whole), ctypes.c_size_t(len(self._memory)), flags) == 0:
             return 0
         return -ctypes.get_errno()
 
@@ -63,7 +51,7 @@ def mapped(table: Map) -> Iterator[Mapping]:
     Yields
     ------
     Mapping
-        Valid inside the block; no view of its values may be used after it.
+        Unmapped at the end of the block, or with the last view of its values that is kept.
 
     Raises
     ------
@@ -74,14 +62,16 @@ def mapped(table: Map) -> Iterator[Mapping]:
     """
     stride = -(-table.value_size // 8) * 8
     size = -(-stride * table.max_entries // mmap.PAGESIZE) * mmap.PAGESIZE
-    libc = _libc()
-    address = libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, table.fd, 0)
-    if address == _MAP_FAILED:
-        raise map_error(ctypes.get_errno(), f"Mapping {table!r} into memory")
     try:
-        memory = (ctypes.c_uint8 * size).from_address(address)
-        slots = np.frombuffer(memoryview(memory), np.uint8)
-        values = np.ndarray(table.max_entries, table.value_dtype, slots.data, strides=(stride,))
-        yield Mapping(address, size, values)
+        memory = mmap.mmap(table.fd, size)
+    except OSError as error:
+        raise map_error(error.errno or 0, f"Mapping {table!r} into memory") from error
+    mapping = Mapping(
+        memory, np.ndarray(table.max_entries, table.value_dtype, memory, strides=(stride,))
+    )
+    try:
+        yield mapping
     finally:
-        libc.munmap(address, size)
+        del mapping.values
+        with suppress(BufferError):  # somebody keeps a view: the memory goes with it
+            memory.close()
