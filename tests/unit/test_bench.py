@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from labkit.analysis.findings import judge
 from labkit.analysis.runs import Run, Triad
-from labkit.analysis.strategies import beside_the_article, choices
+from labkit.analysis.strategies import beside_the_article, choices, measured
 from labkit.comparisons.sync_benchmark import STRATEGIES, Cell, matrix
 from labkit.sync.changes import change_dtype
 from labkit.workload import seen_at
@@ -33,7 +33,8 @@ def made_up() -> Run:
                     "mean_ns": delay, "p50_ns": delay, "p99_ns": 2 * delay, "late_p99_ns": 1e4,
                     "commit_mean_ns": delay, "commit_p50_ns": delay, "commit_p99_ns": 2 * delay,
                     "achieved": float(cell.rate), "writer_ns": 200.0, "follower_cpu": 0.1,
-                    "follower_ns": 1e12 / delay,
+                    "follower_ns": 1e12 / delay, "late_p50_ns": 1e3,
+                    "map_bytes": 1 << 20, "replica_bytes": 4800,
                 }
             )  # fmt: skip
     cells = pd.DataFrame(rows)
@@ -115,6 +116,12 @@ def test_the_article_stands_beside_the_run() -> None:
     p99 = table[table["figure"].str.startswith("P99")]
     assert list(p99["ratio here"]) == ["1.00", "0.02", "0.02"]
     assert "same side" in p99["verdict"].iloc[1]
+
+
+def test_every_cell_is_shown_with_its_spread() -> None:
+    table = measured(made_up())
+    assert len(table) == made_up().tables["cells"]["cell"].nunique()
+    assert set(table["p50 (us)"]) == {"100 (100 to 100)", "5,000 (5,000 to 5,000)"}
 
 
 def test_every_need_has_a_choice_and_a_measured_reason() -> None:

@@ -82,7 +82,7 @@ def cost(run: Run) -> Figure:
     figure, axes = pyplot.subplots(2, 2, figsize=(_WIDE, 5.2))
     _throughput(axes[0, 0], axes[1, 0], cells)
     _against_rate(axes[0, 1], cells, "follower_ns", 1e3)
-    axes[0, 1].set_ylabel("follower's CPU (s per million changes)")
+    axes[0, 1].set_ylabel("follower's CPU (us per change)")
     _wakeups(axes[1, 1], run)
     _legend(figure)
     return figure
@@ -228,7 +228,8 @@ def _wakeups(ax: Axes, run: Run) -> None:
     ax.set_xlim(-0.5, len(_WAKEUPS) - 0.5)
     ax.set_ylabel("time (us)")
     ax.set_xlabel(f"who wakes the follower, at {rate:,} changes/s", loc="right")
-    ax.legend(loc="upper right", fontsize=6)
+    ax.set_ylim(0.1, None)
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=6.5)
 
 
 def _history(rows: pd.DataFrame) -> history.History:
