@@ -66,9 +66,10 @@ def mapped(table: Map) -> Iterator[Mapping]:
         memory = mmap.mmap(table.fd, size)
     except OSError as error:
         raise map_error(error.errno or 0, f"Mapping {table!r} into memory") from error
-    mapping = Mapping(
-        memory, np.ndarray(table.max_entries, table.value_dtype, memory, strides=(stride,))
-    )
+    # By frombuffer: it alone keeps the mapping from being closed under a view.
+    rows = np.frombuffer(memory, np.uint8)[: stride * table.max_entries].reshape(-1, stride)
+    mapping = Mapping(memory, rows[:, : table.value_size].view(table.value_dtype)[:, 0])
+    del rows
     try:
         yield mapping
     finally:
