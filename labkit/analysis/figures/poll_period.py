@@ -89,6 +89,6 @@ def _cpu(ax: Axes, run: Run) -> None:
     gap = float(str(run.parameters["gap_ms"]))
     ax.axhline(float(events), **_EVENTS, label=f"events, {1e3 / gap:g} changes/s")
     ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.yaxis.set_major_formatter(lambda share, _: f"{share:.6%}".rstrip("0%").rstrip(".") + "%")
     ax.set_ylabel("follower, of one CPU")
     ax.legend(loc="upper right")
