@@ -68,7 +68,7 @@ def sync_benchmark(run: Run) -> Finding:
         run.experiment,
         f"At {rate:,} changes/s events were seen {_us(events['p50_ns'])} us (p50) and "
         f"{_us(events['p99_ns'])} us (p99) after their intended time, those of a 10 ms poll "
-        f"{_us(poll['p50_ns'])} and {_us(poll['p99_ns'])} us, medians of {len(events)} repetitions "
+        f"{_us(poll['p50_ns'])} and {_us(poll['p99_ns'])} us, medians of {len(events)} rounds "
         f"with a writer that was {late / 1e3:,.0f} us late at its p99. "
         f"At {int(top['rate'].iloc[0]):,}/s events dropped {int(top['dropped'].sum()):,} of "
         f"{int(top['operations'].sum()):,} and took {top['follower_cpu'].median():.0%} of a CPU. "
