@@ -129,3 +129,16 @@ def test_docstrings_name_the_real_arguments(path: Path) -> None:
         if documented != taken if documented else not in_prose:
             wrong.append(f"{function.name} takes {taken}, its docstring names {documented}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_readme_tells_of_a_recorded_run() -> None:
+    """Its figure and its count are drawn anew when that run is recorded anew."""
+    from labkit.analysis import runs
+
+    told = [
+        re.search(r"([\d,]+ of [\d,]+)", str(run.count("broken")))
+        for profile in runs.PROFILES
+        for run in runs.recorded("transient-null", profile=profile)
+    ]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert any(one and one[1] in readme for one in told)
