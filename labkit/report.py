@@ -475,6 +475,8 @@ pre { overflow-x: auto; font-size: 0.82rem; }
 .jp-InputArea .highlight, .highlight { background: #f5f5f2; }
 .highlight pre { padding: 0.5rem 0.8rem; margin: 0.4rem 0; }
 .jp-OutputArea-output { overflow-x: auto; }
+/* variant and case: a table of many columns scrolls rather than break every word of them */
+table.dataframe td:nth-child(2) { min-width: 9em; }
 table { border-collapse: collapse; font-size: 0.85rem; margin: 0.5rem 0; }
 th, td { text-align: left; padding: 0.15rem 0.7rem 0.15rem 0; vertical-align: top;
   border-bottom: 1px solid #ddd; }
