@@ -89,9 +89,11 @@ def printk_watch(run: Run) -> Finding:
     )
     return Finding(
         run.experiment,
-        f"All {int(used['lines'].sum()):,} lines of bpf_trace_printk were read back from "
-        f"{_EVENT}, by {' and by '.join(used['watcher'])}{f' ({idle})' if idle else ''}; an event "
-        f"bpf:trace_printk does not exist. The article's example printed {broken.operations:,} "
+        f"Of {int(used['printed'].sum()):,} lines of bpf_trace_printk, "
+        f"{int(used['lines'].sum()):,} were read back from {_EVENT}, by "
+        f"{' and by '.join(used['watcher'])}{f' ({idle})' if idle else ''}; an event "
+        f"bpf:trace_printk was found by {int(names.loc[~right, 'exists'].sum())} of "
+        f"{int((~right).sum())}. The article's example printed {broken.operations:,} "
         f"lines for {changed} change of the map: {broken} show nothing but a refused update. "
         f"Printed after a successful update alone, {fixed} lines were wrong.",
         checks,
