@@ -86,7 +86,7 @@ def member_offset(struct_name: str, member: str) -> int:
     Unavailable
         The kernel shows no BTF, or it has no such member.
     """
-    lib = libbpf.library()
+    lib = libbpf.api()
     kernel = _kernel_btf()
     type_id = lib.btf__find_by_name_kind(kernel, struct_name.encode(), _STRUCT)
     bits = None if type_id < 0 else _member_bits(lib, kernel, type_id, member)
@@ -101,7 +101,7 @@ def member_offset(struct_name: str, member: str) -> int:
 @functools.cache
 def _kernel_btf() -> int:
     # Kept for the life of the process: it is parsed once, and every answer comes from it.
-    found = libbpf.library().btf__load_vmlinux_btf()
+    found = libbpf.api().btf__load_vmlinux_btf()
     if not found:
         raise Unavailable(
             "This kernel shows no BTF (/sys/kernel/btf/vmlinux): it must be built with "
@@ -126,7 +126,7 @@ def _member_bits(lib: ctypes.CDLL, kernel: int, type_id: int, member: str) -> in
 
 
 def _types(btf_id: int) -> list[_Type]:
-    get = libbpf.library().bpf_btf_get_fd_by_id
+    get = libbpf.api().bpf_btf_get_fd_by_id
     fd = libbpf.checked(get(ctypes.c_uint32(btf_id)), f"opening BTF {btf_id}")
     try:
         info = _BtfInfo()

@@ -58,19 +58,19 @@ class ElfObject:
         BadInput
             There is no such map.
         """
-        found = libbpf.library().bpf_object__find_map_by_name(self._pointer, name.encode())
+        found = libbpf.api().bpf_object__find_map_by_name(self._pointer, name.encode())
         if not found:
             raise BadInput(f"bpf/{self.name}.bpf.c has no map {name!r}.")
-        opened = Map.from_fd(libbpf.library().bpf_map__fd(found), key=key, value=value)
+        opened = Map.from_fd(libbpf.api().bpf_map__fd(found), key=key, value=value)
         self._maps.append(opened)
         return opened
 
     def function(self, name: str) -> Function:
         """A program of the source, loaded already; closed with the object."""
-        found = libbpf.library().bpf_object__find_program_by_name(self._pointer, name.encode())
+        found = libbpf.api().bpf_object__find_program_by_name(self._pointer, name.encode())
         if not found:
             raise BadInput(f"bpf/{self.name}.bpf.c has no program {name!r}.")
-        fd = libbpf.library().bpf_program__fd(found)
+        fd = libbpf.api().bpf_program__fd(found)
         return Function(name, ProgramKind(libbpf.prog_info(fd).type), fd)
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class ElfObject:
             opened.close()
         pointer, self._pointer, self._maps = self._pointer, None, []
         if pointer is not None:
-            libbpf.library().bpf_object__close(pointer)
+            libbpf.api().bpf_object__close(pointer)
 
     def __enter__(self) -> ElfObject:
         return self
@@ -176,7 +176,7 @@ def load(
         libbpf cannot read it, a section is not there or of another size, a pinned map has
         other parameters than the source's (EINVAL), or the verifier refuses.
     """
-    lib = libbpf.library()
+    lib = libbpf.api()
     options = libbpf.ObjectOpenOpts(object_name=name.encode())
     pointer = lib.bpf_object__open_mem(body, len(body), ctypes.byref(options))
     if not pointer:

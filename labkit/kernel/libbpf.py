@@ -335,7 +335,7 @@ _ANSWERS_POINTER: dict[str, tuple[Any, ...]] = {
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def api() -> ctypes.CDLL:
     """Load ``libbpf.so.1`` once, with the signatures of the calls that the lab makes.
 
     Hot loops may call the returned functions themselves: they answer 0 or more, or
@@ -442,7 +442,7 @@ def map_create(
         opts.inner_map_fd = inner_fd
     if btf is not None:
         opts.btf_fd, opts.btf_key_type_id, opts.btf_value_type_id = btf
-    result = library().bpf_map_create(
+    result = api().bpf_map_create(
         int(kind), name.encode()[:15], key_size, value_size, max_entries, byref(opts)
     )
     return checked(result, f"creating {kind.name.lower()} map {name}")
@@ -491,7 +491,7 @@ def prog_load(
 
     def load() -> int:
         return int(
-            library().bpf_prog_load(
+            api().bpf_prog_load(
                 int(kind),
                 name.encode()[:15],
                 b"GPL",
@@ -527,7 +527,7 @@ def vmlinux_function_id(function: str, attach_type: AttachType) -> int:
         ESRCH where the kernel has no such function in its BTF.
     """
     return checked(
-        library().libbpf_find_vmlinux_btf_id(function.encode(), int(attach_type)),
+        api().libbpf_find_vmlinux_btf_id(function.encode(), int(attach_type)),
         f"finding {function} in the kernel's BTF",
     )
 
@@ -535,7 +535,7 @@ def vmlinux_function_id(function: str, attach_type: AttachType) -> int:
 def object_info(fd: int, info: ctypes.Structure) -> None:
     """Fill an info structure of a map, program or link from its file descriptor."""
     length = c_uint32(ctypes.sizeof(info))
-    checked(library().bpf_obj_get_info_by_fd(fd, byref(info), byref(length)), "reading object info")
+    checked(api().bpf_obj_get_info_by_fd(fd, byref(info), byref(length)), "reading object info")
 
 
 def map_info(fd: int) -> MapInfo:
@@ -606,7 +606,7 @@ def prog_instructions(fd: int) -> npt.NDArray[np.void]:
 
 def ids(of: str) -> list[int]:
     """Ids of all ``map``, ``prog`` or ``link`` objects in the kernel, ascending."""
-    next_id = getattr(library(), f"bpf_{of}_get_next_id")
+    next_id = getattr(api(), f"bpf_{of}_get_next_id")
     found: list[int] = []
     current, following = 0, c_uint32()
     while (result := next_id(current, byref(following))) == 0:
@@ -619,24 +619,24 @@ def ids(of: str) -> list[int]:
 
 def fd_by_id(of: str, identifier: int) -> int:
     """Open a ``map``, ``prog`` or ``link`` by its id; the caller owns the descriptor."""
-    open_by_id = getattr(library(), f"bpf_{of}_get_fd_by_id")
+    open_by_id = getattr(api(), f"bpf_{of}_get_fd_by_id")
     return checked(open_by_id(identifier), f"opening {of} {identifier}")
 
 
 def pin(fd: int, path: str) -> None:
     """Pin an object at a path in a bpffs."""
-    checked(library().bpf_obj_pin(fd, path.encode()), f"pinning at {path}")
+    checked(api().bpf_obj_pin(fd, path.encode()), f"pinning at {path}")
 
 
 def open_pin(path: str) -> int:
     """Open a pinned object; the caller owns the descriptor."""
-    return checked(library().bpf_obj_get(path.encode()), f"opening the pin {path}")
+    return checked(api().bpf_obj_get(path.encode()), f"opening the pin {path}")
 
 
 @functools.cache
 def possible_cpus() -> int:
     """Number of possible CPUs, which sizes every per-CPU value."""
-    return checked(library().libbpf_num_possible_cpus(), "counting possible CPUs")
+    return checked(api().libbpf_num_possible_cpus(), "counting possible CPUs")
 
 
 def close(fd: int) -> None:

@@ -172,7 +172,7 @@ class Map:
         # Per-CPU values stand eight bytes aligned, one slot for each possible CPU.
         self._stride = -(-info.value_size // 8) * 8
         self._cpus = libbpf.possible_cpus() if self.kind in PER_CPU else 0
-        self._lib = libbpf.library()
+        self._lib = libbpf.api()
 
     def _layout(
         self, what: str, given: npt.DTypeLike | None, size: int, btf_id: int, type_id: int

@@ -460,7 +460,7 @@ def _read_map(identifier: int) -> MapObject | None:
 
 def _elements(fd: int, key_size: int) -> tuple[tuple[int, ...], bool]:
     """Ids of the objects that a map holds as its elements."""
-    lib = libbpf.library()
+    lib = libbpf.api()
     key, following = (ctypes.create_string_buffer(key_size) for _ in range(2))
     value = ctypes.c_uint32()
     found: set[int] = set()
@@ -566,7 +566,7 @@ class _Held:
         target, size = ctypes.create_string_buffer(256), ctypes.c_uint32(256)
         program, kind = ctypes.c_uint32(), ctypes.c_uint32()
         offset, address = ctypes.c_uint64(), ctypes.c_uint64()
-        result = libbpf.library().bpf_task_fd_query(
+        result = libbpf.api().bpf_task_fd_query(
             pid, fd, 0, target, *map(ctypes.byref, (size, program, kind, offset, address))
         )
         if result != 0:

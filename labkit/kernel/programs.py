@@ -122,7 +122,7 @@ class Function:
             )
         if context is not None:
             options.ctx_in, options.ctx_size_in = context.ctypes.data, context.nbytes
-        result = libbpf.library().bpf_prog_test_run_opts(self.fd, ctypes.byref(options))
+        result = libbpf.api().bpf_prog_test_run_opts(self.fd, ctypes.byref(options))
         libbpf.checked(result, f"running {self.name}")
         del keep
         return TestRun(int(options.retval), int(options.duration))
@@ -261,7 +261,7 @@ class Unit:
         return held
 
     def _attached(self, function: Function, where: str | int | None) -> int:
-        lib = libbpf.library()
+        lib = libbpf.api()
         kind, doing = function.kind, f"attaching {function.name}"
         if kind is ProgramKind.RAW_TRACEPOINT and isinstance(where, str):
             return libbpf.checked(lib.bpf_raw_tracepoint_open(where.encode(), function.fd), doing)

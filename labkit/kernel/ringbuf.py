@@ -515,7 +515,7 @@ class _LibbpfConsumer:
         self.refused: int | None = None
         self._size = void.itemsize
         self._at = self._room = self._copied = 0
-        self._lib = libbpf.library()
+        self._lib = libbpf.api()
         self._lib.ring_buffer__new.argtypes = [c_int, _SampleCallback, c_void_p, c_void_p]
         self._lib.ring_buffer__new.restype = c_void_p
         self._lib.ring_buffer__consume.argtypes = [c_void_p]

@@ -257,7 +257,7 @@ class _Bench:
 def _look_up(fd: int, key: int) -> int:
     """Read one u64 of a probed map."""
     value = ctypes.c_uint64()
-    result = libbpf.library().bpf_map_lookup_elem(
+    result = libbpf.api().bpf_map_lookup_elem(
         fd, ctypes.byref(ctypes.c_uint32(key)), ctypes.byref(value)
     )
     libbpf.checked(result, "looking up")
@@ -307,7 +307,7 @@ def _run_once(program: int, **more: int) -> libbpf.TestRunOpts:
     if "ctx_in" not in more:
         options.data_in, options.data_size_in = ctypes.addressof(packet), len(packet)
     libbpf.checked(
-        libbpf.library().bpf_prog_test_run_opts(program, ctypes.byref(options)), "running in place"
+        libbpf.api().bpf_prog_test_run_opts(program, ctypes.byref(options)), "running in place"
     )
     return options
 
@@ -391,7 +391,7 @@ def _tracepoint() -> str:
 def _raw_tracepoint() -> str:
     with _Bench() as bench:
         program = bench.counting_program(ProgramKind.RAW_TRACEPOINT)
-        attach = libbpf.library().bpf_raw_tracepoint_open
+        attach = libbpf.api().bpf_raw_tracepoint_open
         bench.own(libbpf.checked(attach(b"sys_enter", program), "attaching to sys_enter"))
         return bench.runs_seen(os.getppid)
 
@@ -404,7 +404,7 @@ def _traced(
 ) -> str:
     with _Bench() as bench:
         program = bench.counting_program(kind, attach_type, hook)
-        attach = libbpf.library().bpf_raw_tracepoint_open
+        attach = libbpf.api().bpf_raw_tracepoint_open
         bench.own(libbpf.checked(attach(None, program), f"attaching to {hook}"))
         return bench.runs_seen(trigger)
 
@@ -436,7 +436,7 @@ def _lsm() -> str:
 
 @_trial("iter", _OTHER_KERNEL, needs=("bpf", "btf"))
 def _iter() -> str:
-    lib = libbpf.library()
+    lib = libbpf.api()
     with _Bench() as bench:
         program = bench.counting_program(ProgramKind.TRACING, AttachType.TRACE_ITER, "bpf_map")
         link = lib.bpf_link_create(program, 0, int(AttachType.TRACE_ITER), None)
@@ -513,7 +513,7 @@ def _xdp() -> str:
     index = socket.if_nametoindex(network.ENDS[0])
     with _Bench() as bench, network.packet_socket(network.ENDS[1]) as sender:
         program = bench.counting_program(ProgramKind.XDP, AttachType.XDP, returned=2)
-        link = libbpf.library().bpf_link_create(program, index, int(AttachType.XDP), None)
+        link = libbpf.api().bpf_link_create(program, index, int(AttachType.XDP), None)
         bench.own(libbpf.checked(link, "attaching to a veth"))
         return bench.runs_seen(lambda: sender.send(_PACKET))
 
@@ -528,7 +528,7 @@ def _keeps_a_value(kind: MapKind, flags: int = 0, *, key: int = 1, value_words: 
         stored = (ctypes.c_uint64 * value_words)(*range(7, 7 + value_words))
         found = (ctypes.c_uint64 * value_words)()
         place = ctypes.byref(ctypes.c_uint32(key))
-        lib = libbpf.library()
+        lib = libbpf.api()
         libbpf.checked(lib.bpf_map_update_elem(fd, place, stored, 0), "updating")
         libbpf.checked(lib.bpf_map_lookup_elem(fd, place, found), "looking up")
         if list(found) != list(stored):
@@ -564,7 +564,7 @@ def _percpu() -> str:
 
 @_trial("map_in_map", _OTHER_KERNEL, essential=True)
 def _map_in_map() -> str:
-    lib = libbpf.library()
+    lib = libbpf.api()
     for kind in (MapKind.ARRAY_OF_MAPS, MapKind.HASH_OF_MAPS):
         with _Bench() as bench:
             inner = bench.map(MapKind.ARRAY)
@@ -579,7 +579,7 @@ def _map_in_map() -> str:
 
 
 def _batch(kind: MapKind, words: int = 1) -> None:
-    lib = libbpf.library()
+    lib = libbpf.api()
     with _Bench() as bench:
         fd = bench.map(kind)
         count = ctypes.c_uint32(4)
@@ -645,7 +645,7 @@ def _spin_lock_types() -> bytes:
 
 @_trial("spin_lock", _OTHER_KERNEL, essential=True)
 def _spin_lock() -> str:
-    lib = libbpf.library()
+    lib = libbpf.api()
     raw = _spin_lock_types()
     load = lib.bpf_btf_load
     load.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p]
@@ -682,7 +682,7 @@ def _mmapable_array() -> str:
 
 @_trial("frozen_map", _OTHER_KERNEL)
 def _frozen_map() -> str:
-    lib = libbpf.library()
+    lib = libbpf.api()
     with _Bench() as bench:
         fd = bench.map(MapKind.ARRAY, flags=MapFlag.RDONLY_PROG)
         libbpf.checked(lib.bpf_map_freeze(fd), "freezing")
@@ -710,7 +710,7 @@ def _ringbuf() -> str:
 
 @_trial("perf_buffer", _OTHER_KERNEL, essential=True)
 def _perf_buffer() -> str:
-    lib = libbpf.library()
+    lib = libbpf.api()
     with _Bench() as bench:
         cpu = _here()
         events = bench.map(

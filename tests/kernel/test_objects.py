@@ -52,7 +52,7 @@ def make_program(closing: ExitStack, map_fd: int | None = None) -> int:
 
 def put(outer: int, index: int, fd: int) -> None:
     key, value = ctypes.c_uint32(index), ctypes.c_uint32(fd)
-    result = libbpf.library().bpf_map_update_elem(outer, ctypes.byref(key), ctypes.byref(value), 0)
+    result = libbpf.api().bpf_map_update_elem(outer, ctypes.byref(key), ctypes.byref(value), 0)
     libbpf.checked(result, "placing an element")
 
 
@@ -101,7 +101,7 @@ def test_a_program_keeps_its_map_and_a_link_its_program() -> None:
             program = make_program(early, map_fd)
             map_id, program_id = libbpf.map_info(map_fd).id, libbpf.prog_info(program).id
             link = libbpf.checked(
-                libbpf.library().bpf_raw_tracepoint_open(b"sys_enter", program), "attaching"
+                libbpf.api().bpf_raw_tracepoint_open(b"sys_enter", program), "attaching"
             )
             closing.callback(libbpf.close, link)
         found = ours(before)

@@ -76,7 +76,7 @@ class SyscallWriter:
         return int(self._progress[0])
 
     def write(self, operations: int) -> None:
-        lib, fd = libbpf.library(), self._table.fd
+        lib, fd = libbpf.api(), self._table.fd
         key = np.zeros(1, np.uint64)
         value = np.zeros(self._table.value_size // 8, np.uint64)
         at, data = key.ctypes.data, value.ctypes.data

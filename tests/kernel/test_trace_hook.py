@@ -69,7 +69,7 @@ def test_each_command_of_another_process_is_seen_once_and_in_order(table: Map) -
         theirs.delete_many(np.array([3], "u4"))
         keys, values = np.zeros(8, "u4"), np.zeros(8, "u8")
         place, count = np.zeros(8, "u1"), ctypes.c_uint32(8)
-        libbpf.library().bpf_map_lookup_and_delete_batch(
+        libbpf.api().bpf_map_lookup_and_delete_batch(
             theirs.fd, None, place.ctypes.data, keys.ctypes.data, values.ctypes.data,
             ctypes.byref(count), ctypes.byref(libbpf.BatchOpts()),
         )  # fmt: skip

@@ -173,7 +173,7 @@ def _taken_out(table: Map) -> int:
     values = np.zeros(table.max_entries, np.uint64)
     keys = np.zeros(table.max_entries, np.uint32)
     place, count, options = ctypes.c_uint64(), c_uint32(table.max_entries), libbpf.BatchOpts()
-    result = libbpf.library().bpf_map_lookup_and_delete_batch(
+    result = libbpf.api().bpf_map_lookup_and_delete_batch(
         table.fd, None, byref(place), keys.ctypes.data, values.ctypes.data,
         byref(count), byref(options),
     )  # fmt: skip

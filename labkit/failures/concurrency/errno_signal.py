@@ -172,7 +172,7 @@ def _restore(table: Map) -> None:
 
 def _user_answer(table: Map, flags: UpdateFlag | None, which: int) -> int:
     key, value = table.encode_key(which), table.encode_value(7)
-    calls = libbpf.library()
+    calls = libbpf.api()
     if flags is None:
         return int(calls.bpf_map_delete_elem(table.fd, key.ctypes.data))
     return int(calls.bpf_map_update_elem(table.fd, key.ctypes.data, value.ctypes.data, int(flags)))

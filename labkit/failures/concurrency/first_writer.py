@@ -111,7 +111,7 @@ def _race(
 
 
 def _look_then_update(fd: int, key: int, value: int) -> int:
-    calls = libbpf.library()
+    calls = libbpf.api()
     old = np.zeros(1, np.uint64)
     if calls.bpf_map_lookup_elem(fd, key, old.ctypes.data) == 0:
         return 0
@@ -119,4 +119,4 @@ def _look_then_update(fd: int, key: int, value: int) -> int:
 
 
 def _update_noexist(fd: int, key: int, value: int) -> int:
-    return int(libbpf.library().bpf_map_update_elem(fd, key, value, UpdateFlag.NOEXIST) == 0)
+    return int(libbpf.api().bpf_map_update_elem(fd, key, value, UpdateFlag.NOEXIST) == 0)

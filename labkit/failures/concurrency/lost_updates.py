@@ -259,7 +259,7 @@ def _steps(way: str, table: Map, adder: Function, gate: int, me: int) -> _Steps:
         return _Steps((lock, read), (write, unlock), value)
     if way == "program":
         options = libbpf.TestRunOpts()
-        call, fd, at = libbpf.library().bpf_prog_test_run_opts, adder.fd, ctypes.byref(options)
+        call, fd, at = libbpf.api().bpf_prog_test_run_opts, adder.fd, ctypes.byref(options)
         return _Steps((lambda: int(call(fd, at)),), (), value)
     return _Steps((read,), (write,), value)
 

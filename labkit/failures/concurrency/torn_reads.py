@@ -321,7 +321,7 @@ class _Writer:
         elif setting.layout == "checked":
             self._values[..., -2] = _checksum(self._values[:, 0, :-2])[:, None]
         self._keys = np.zeros(_WRITES, np.uint32)
-        self._table, self._call = table, libbpf.library().bpf_map_update_batch
+        self._table, self._call = table, libbpf.api().bpf_map_update_batch
         self._options = libbpf.BatchOpts(elem_flags=int(setting.write_flags))
 
     def write(self) -> int:
@@ -346,14 +346,14 @@ class _Reader:
         self._places = range(first, first + _READS * stride, stride)
         self._answers: list[int] = []
         self._key = np.zeros(1, np.uint32)
-        look_up = libbpf.library().bpf_map_lookup_elem_flags
+        look_up = libbpf.api().bpf_map_lookup_elem_flags
         self._look_up: Callable[[int, int], int] = partial(look_up, table.fd, self._key.ctypes.data)
         self._flags = int(setting.read_flags)
         if setting.by_batch:
             self._look_up = self._batch_of_one(table)
 
     def _batch_of_one(self, table: Map) -> Callable[[int, int], int]:
-        call, options, count = libbpf.library().bpf_map_lookup_batch, libbpf.BatchOpts(), c_uint32()
+        call, options, count = libbpf.api().bpf_map_lookup_batch, libbpf.BatchOpts(), c_uint32()
         place = np.zeros(_WORD, np.uint8)
 
         def look_up(at: int, flags: int) -> int:

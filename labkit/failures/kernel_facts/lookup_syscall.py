@@ -192,7 +192,7 @@ class _Watcher:
 
 
 def _by_libbpf(table: Map, entries: int) -> list[_Case]:
-    lib, fd = libbpf.library(), table.fd
+    lib, fd = libbpf.api(), table.fd
     keys, values = np.arange(entries, dtype=np.uint32), np.arange(entries, dtype=np.uint64)
     numbers = np.arange(entries, dtype=np.uint64)
     key_at, value_at = keys.ctypes.data + 4 * numbers, values.ctypes.data + 8 * numbers
@@ -302,7 +302,7 @@ _MEMORY: tuple[tuple[str, str, Callable[[int, ctypes.CDLL], int]], ...] = (
 def _pointers(table: Map, attempts: int) -> list[dict[str, object]]:
     """Look key 0 up with key and value in memory of each kind; runs in a child."""
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
-    libc, lib = ctypes.CDLL(None), libbpf.library()
+    libc, lib = ctypes.CDLL(None), libbpf.api()
     good_key, good_value = np.zeros(1, np.uint32), np.zeros(1, np.uint64)
     rows: list[dict[str, object]] = []
     for role in ("key", "value"):

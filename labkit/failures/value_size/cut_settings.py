@@ -190,7 +190,7 @@ def _by_bcc(unit: programs.Unit, name: str) -> Callable[[bytes], bytes]:
     table, key = unit.table(name), ctypes.c_uint32(0)
     leaf = (ctypes.c_char * _OLD_BYTES)()
     room = np.zeros(_OLD_BYTES, np.uint8)
-    look_up = libbpf.library().bpf_map_lookup_elem
+    look_up = libbpf.api().bpf_map_lookup_elem
 
     def carry(text: bytes) -> bytes:
         leaf.raw = text.ljust(_OLD_BYTES, b"\0")

@@ -93,7 +93,7 @@ def _read(
     size, stride = 4 * words, table.value_buffer().nbytes // cpus
     memory = np.zeros(2 * stride * cpus, np.uint8)
     key = table.encode_key(_KEY)
-    lookup, fd = libbpf.library().bpf_map_lookup_elem, table.fd
+    lookup, fd = libbpf.api().bpf_map_lookup_elem, table.fd
     key_at, into = key.ctypes.data, memory.ctypes.data
     buffer_bytes = {_ONE: size, _PACKED: size * cpus, _MAP: stride * cpus}[case]
     exact = table.reader(_KEY, memory[:buffer_bytes]) if case == _MAP else None

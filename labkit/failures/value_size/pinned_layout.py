@@ -179,7 +179,7 @@ def _take_by_bcc(case: _Case, old: Map, before: Values, meant: Values) -> _Taken
     table, struct = case.unit.table("policies"), case.struct
     room = np.zeros(_ROOM_BYTES, np.uint8)
     leaf = table.Leaf.from_buffer(room.data)
-    look_up = libbpf.library().bpf_map_lookup_elem
+    look_up = libbpf.api().bpf_map_lookup_elem
     for key, value in enumerate(_as(struct, meant)):
         room[:] = _BEHIND
         room[: struct.itemsize] = np.frombuffer(value.tobytes(), np.uint8)

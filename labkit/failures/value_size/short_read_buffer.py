@@ -101,7 +101,7 @@ class _Ways:
     """The ways to pass a buffer of ``length`` bytes at the start of ``memory`` to the kernel."""
 
     def __init__(self, table: Map, memory: npt.NDArray[np.uint8], length: int) -> None:
-        lib, fd = libbpf.library(), table.fd
+        lib, fd = libbpf.api(), table.fd
         key, bounce = table.encode_key(_KEY), table.value_buffer()
         at, key_at, bounce_at = memory.ctypes.data, key.ctypes.data, bounce.ctypes.data
         buffer, given = memory[:length], min(length, table.value_size)
@@ -240,9 +240,7 @@ def _before_a_closed_page(table: Map, length: int) -> dict[str, object]:
         if libc.mprotect(ctypes.c_void_p(start + page), ctypes.c_size_t(page), 0):
             raise LabError(f"mprotect failed: {libbpf.error_name(ctypes.get_errno())}.")
         key = table.encode_key(_KEY)
-        answer = libbpf.library().bpf_map_lookup_elem(
-            table.fd, key.ctypes.data, start + page - length
-        )
+        answer = libbpf.api().bpf_map_lookup_elem(table.fd, key.ctypes.data, start + page - length)
         return int(answer), int(np.count_nonzero(view[:page]))
 
     with Child(read) as child:
@@ -277,7 +275,7 @@ def _on_the_heap(table: Map, length: int) -> dict[str, object]:
         behind = np.ctypeslib.as_array((ctypes.c_ubyte * table.value_size).from_address(buffer))
         before = behind.copy()
         key = table.encode_key(_KEY)
-        seen[0] = libbpf.library().bpf_map_lookup_elem(table.fd, key.ctypes.data, buffer)
+        seen[0] = libbpf.api().bpf_map_lookup_elem(table.fd, key.ctypes.data, buffer)
         seen[1] = np.count_nonzero(behind[length:] != before[length:])
         libc.free(buffer + apart)
 
