@@ -142,6 +142,12 @@ def anomaly_rates(run: Run, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def broken_at_commas(ax: Axes) -> None:
+    """Set the long case labels of `anomaly_rates` in two lines and a smaller size."""
+    labels = [label.get_text().replace(", ", ",\n", 1) for label in ax.get_yticklabels()]
+    ax.set_yticks(range(len(labels)), labels, fontsize=6)
+
+
 def _figure(drawn: Axes | Sequence[Axes] | Figure, run: Run) -> Figure:
     if isinstance(drawn, Figure):
         return drawn

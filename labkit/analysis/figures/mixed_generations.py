@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from labkit.analysis import style
-from labkit.analysis.figures import anomaly_rates, draws
+from labkit.analysis.figures import anomaly_rates, broken_at_commas, draws
 from labkit.analysis.runs import Run
 
 
@@ -31,9 +31,7 @@ def mixed_generations(run: Run) -> Figure:
         2, 1, figsize=(style.HALF_PAGE[0], 4.9), height_ratios=(1.5, 1)
     )
     anomaly_rates(run, ax=above)
-    labels = [label.get_text() for label in above.get_yticklabels()]
-    above.set_yticks(range(len(labels)), [label.replace(", ", ",\n", 1) for label in labels],
-                     fontsize=6)  # fmt: skip
+    broken_at_commas(above)
     above.set_xlabel("mixed readings per reading\n(hollow: none seen, bound at 95 %)", loc="right")
     _costs(below, run)
     return figure

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pandas as pd
 from labkit.analysis.runs import Triad
 from labkit.errors import LabError, TimedOut
 from labkit.failures.experiment import Tables, experiment, say
+from labkit.kernel.tools import go_command
 
 _SOURCE = Path(__file__).with_suffix(".go")
 _CACHE = Path(__file__).resolve().parents[3] / ".lab" / "go-cache"
@@ -90,10 +89,7 @@ def go_map(*, readers: int, run_ms: int, processes: int) -> Tables:
 
 
 def _build(folder: Path, detector: bool) -> Path:
-    binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    go = shutil.which("go", path=binaries)
-    if go is None:
-        raise LabError("The Go toolchain has gone: install the project's extra 'go' again.")
+    go = go_command()
     program = folder / ("go_map_race" if detector else "go_map")
     _CACHE.mkdir(parents=True, exist_ok=True)
     environment = {
