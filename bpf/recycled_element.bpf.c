@@ -68,6 +68,26 @@ static inline u64 foreign_words(volatile struct value *value)
 
 #define COUNT(field) __sync_fetch_and_add(&seen->field, 1)
 
+static inline struct counts *here(void)
+{
+	int zero = 0;
+
+	return counts.lookup(&zero);
+}
+
+// A's value once it has been held for a while; NULL, and counted, where A is absent.
+static inline struct value *look_up_and_hold(struct counts *seen)
+{
+	u32 a = KEY_A;
+	struct value *value = table.lookup(&a);
+
+	if (value)
+		hold(value);
+	else
+		COUNT(absent);
+	return value;
+}
+
 int delete_and_insert(void *ctx)
 {
 	struct value value = {};
@@ -96,18 +116,11 @@ int spare_a(void *ctx)
 
 int use_unchecked(void *ctx)
 {
-	u32 a = KEY_A;
-	int zero = 0;
-	struct counts *seen = counts.lookup(&zero);
-	struct value *value = table.lookup(&a);
+	struct counts *seen = here();
+	struct value *value = seen ? look_up_and_hold(seen) : NULL;
 
-	if (!seen)
+	if (!value)
 		return 0;
-	if (!value) {
-		COUNT(absent);
-		return 0;
-	}
-	hold(value);
 	if (foreign_words(value))
 		COUNT(foreign);
 	return 0;
@@ -117,18 +130,11 @@ int use_unchecked(void *ctx)
 int use_under_lock(void *ctx)
 {
 	u64 differ;
-	u32 a = KEY_A;
-	int zero = 0;
-	struct counts *seen = counts.lookup(&zero);
-	struct value *value = table.lookup(&a);
+	struct counts *seen = here();
+	struct value *value = seen ? look_up_and_hold(seen) : NULL;
 
-	if (!seen)
+	if (!value)
 		return 0;
-	if (!value) {
-		COUNT(absent);
-		return 0;
-	}
-	hold(value);
 	bpf_spin_lock(&value->lock);
 	differ = foreign_words(value);
 	bpf_spin_unlock(&value->lock);
@@ -142,17 +148,11 @@ int use_and_look_again(void *ctx)
 {
 	u64 differ;
 	u32 a = KEY_A;
-	int zero = 0;
-	struct counts *seen = counts.lookup(&zero);
-	struct value *value = table.lookup(&a);
+	struct counts *seen = here();
+	struct value *value = seen ? look_up_and_hold(seen) : NULL;
 
-	if (!seen)
+	if (!value)
 		return 0;
-	if (!value) {
-		COUNT(absent);
-		return 0;
-	}
-	hold(value);
 	differ = foreign_words(value);
 	if (table.lookup(&a) == value) {
 		if (differ)
@@ -169,18 +169,11 @@ int use_and_look_again(void *ctx)
 int use_one_word(void *ctx)
 {
 	u64 stamp;
-	u32 a = KEY_A;
-	int zero = 0;
-	struct counts *seen = counts.lookup(&zero);
-	struct value *value = table.lookup(&a);
+	struct counts *seen = here();
+	struct value *value = seen ? look_up_and_hold(seen) : NULL;
 
-	if (!seen)
+	if (!value)
 		return 0;
-	if (!value) {
-		COUNT(absent);
-		return 0;
-	}
-	hold(value);
 	stamp = ((volatile struct value *)value)->stamp;
 	if (stamp >> 32 != KEY_A)
 		COUNT(rejected);
@@ -193,17 +186,11 @@ int use_one_word(void *ctx)
 int use_checksummed(void *ctx)
 {
 	u32 a = KEY_A;
-	int zero = 0;
-	struct counts *seen = counts.lookup(&zero);
-	struct value *value = table.lookup(&a);
+	struct counts *seen = here();
+	struct value *value = seen ? look_up_and_hold(seen) : NULL;
 
-	if (!seen)
+	if (!value)
 		return 0;
-	if (!value) {
-		COUNT(absent);
-		return 0;
-	}
-	hold(value);
 	for (int try = 0; try < TRIES; try++) {
 		volatile struct value *read = value;
 		u64 stamp = read->stamp, differ = stamp ^ stamp_of(KEY_A);
