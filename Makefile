@@ -7,7 +7,7 @@ ENTER := provision/enter.sh
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report test lint lab bench-kernel doctor list clean
+.PHONY: help setup report test lint lab bench-kernel doctor list verdicts clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -37,6 +37,9 @@ doctor: setup ## what this kernel can do, by trying
 
 list: setup ## every experiment, and whether this kernel can run it
 	@$(ENTER) $(PYTHON) -m labkit list
+
+verdicts: setup ## every claim of the article, judged by the runs here; exit status 1 if one has changed
+	@$(ENTER) $(PYTHON) -m labkit verdicts
 
 clean: ## remove what the lab left in the kernel, then everything it made in this folder
 	@provision/clean.sh

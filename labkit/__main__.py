@@ -1,7 +1,7 @@
 """The lab's commands: ``python -m labkit``. Each is a thin shell over a function.
 
-Exit status: 0 all is well; 1 a finding fails or a command could not do its work; 2 the
-command was misused, or this machine lacks what it needs; 130 after Ctrl-C.
+Exit status: 0 all is well; 1 a finding fails, a verdict changed, or a command could not do its
+work; 2 the command was misused, or this machine lacks what it needs; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -157,6 +157,18 @@ def _report(chosen: argparse.Namespace) -> int:
     return make_report(chosen.profile, Path(chosen.folder), say=line.show, done=line.keep)
 
 
+def _verdicts(chosen: argparse.Namespace) -> int:
+    from labkit import verdicts
+    from labkit.measure import RUNS
+
+    ledger = verdicts.evaluate(Path(chosen.folder) if chosen.folder else RUNS)
+    if chosen.json:
+        print(json.dumps(verdicts.as_json(ledger), indent=1))
+    else:
+        print(verdicts.as_text(ledger))
+    return int(bool(ledger.changes))
+
+
 def _clean(chosen: argparse.Namespace) -> int:
     from labkit.analysis.runs import RECORDED
     from labkit.kernel import leftovers
@@ -221,8 +233,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m labkit",
         description="A laboratory for stale, lost and torn eBPF map data on the running kernel.",
-        epilog="Exit status: 0 all is well; 1 a finding fails or a command could not do its work; "
-        "2 misused, or this machine lacks what is needed; 130 after Ctrl-C.",
+        epilog="Exit status: 0 all is well; 1 a finding fails, a verdict changed, or a command "
+        "could not do its work; 2 misused, or this machine lacks what is needed; 130 after Ctrl-C.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -256,6 +268,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--profile", default="quick", choices=("quick", "full"))
     report.add_argument(
         "--folder", default=REPORTS, help="folder of the report, replaced as a whole"
+    )
+
+    verdicts = add(
+        "verdicts", _verdicts, "every claim of the article, judged by the runs; 1: one has changed"
+    )
+    verdicts.add_argument("--json", action="store_true", help="for scripts")
+    verdicts.add_argument(
+        "--folder",
+        help="folder of fresh runs, to be held against the recorded ones (default: runs)",
     )
 
     add("clean", _clean, "remove what a killed run left in the kernel")

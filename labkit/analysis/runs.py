@@ -363,7 +363,7 @@ def load(path: Path) -> Run:
         When it is no run, is of another schema version, lacks a table, or is damaged.
     """
     path = Path(path)
-    meta = _read_meta(path)
+    meta = described(path)
     names = meta["tables"]
     assert isinstance(names, dict)
     tables = {str(name): _read_table(path, str(name), rows) for name, rows in names.items()}
@@ -402,7 +402,7 @@ def latest(folder: Path, experiment: str, profile: str | None = None) -> Run | N
         When the newest one is damaged.
     """
     for path in sorted(_runs_in(Path(folder) / experiment), reverse=True):
-        if profile is None or _read_meta(path)["profile"] == profile:
+        if profile is None or described(path)["profile"] == profile:
             return load(path)
     return None
 
@@ -424,9 +424,66 @@ def recorded(experiment: str, *, profile: str, data: Path = RECORDED) -> list[Ru
     BadRun
         When one of them is damaged.
     """
-    kernels = sorted(_runs_in(Path(data), marker=""), key=lambda path: _natural(path.name))
+    kernels = sorted(_runs_in(Path(data), marker=""), key=lambda path: natural(path.name))
     paths = [kernel / profile / experiment for kernel in kernels]
     return [replace(load(path), recorded=True) for path in paths if path.is_dir()]
+
+
+def described(path: Path) -> Mapping[str, object]:
+    """Read what a run says of itself, without its tables.
+
+    Parameters
+    ----------
+    path
+        A directory that `save` or `record` made.
+
+    Returns
+    -------
+    mapping
+        ``run.json``: experiment, profile, parameters, provenance, and the rows of each table.
+
+    Raises
+    ------
+    BadRun
+        When it is no run, is of another schema version, or is damaged.
+    """
+    try:
+        meta = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadRun(f"There is no run in {path}; name a directory that has a run.json.") from None
+    except (OSError, ValueError) as error:
+        raise BadRun(
+            f"The run.json in {path} cannot be read ({_first_line(error)}); "
+            f"run the experiment again."
+        ) from None
+    if not isinstance(meta, dict) or meta.get("schema_version") != SCHEMA_VERSION:
+        version = meta.get("schema_version") if isinstance(meta, dict) else None
+        raise BadRun(
+            f"The run in {path} has schema version {version!r}, this lab reads {SCHEMA_VERSION}; "
+            f"run the experiment again."
+        )
+    kinds = {
+        "experiment": str,
+        "profile": str,
+        "parameters": dict,
+        "provenance": dict,
+        "tables": dict,
+    }
+    for name, kind in kinds.items():
+        if not isinstance(meta.get(name), kind):
+            raise BadRun(f"The run.json in {path} lacks {name!r}; run the experiment again.")
+    return meta
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """Return what to sort kernel releases by: 6.9 comes before 6.18.
+
+    Parameters
+    ----------
+    text
+        A release, or a series of them.
+    """
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", text)]
 
 
 def _runs_in(folder: Path, marker: str = "run.json") -> Iterator[Path]:
@@ -435,11 +492,6 @@ def _runs_in(folder: Path, marker: str = "run.json") -> Iterator[Path]:
         for path in folder.iterdir():
             if not path.name.startswith(".") and (path / marker).exists() and path.is_dir():
                 yield path
-
-
-def _natural(text: str) -> list[tuple[int, str]]:
-    """Order 6.9 before 6.18."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", text)]
 
 
 def _check(run: Run) -> None:
@@ -531,36 +583,6 @@ def _replace(partial: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _read_meta(path: Path) -> Mapping[str, object]:
-    """Read and check run.json."""
-    try:
-        meta = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadRun(f"There is no run in {path}; name a directory that has a run.json.") from None
-    except (OSError, ValueError) as error:
-        raise BadRun(
-            f"The run.json in {path} cannot be read ({_first_line(error)}); "
-            f"run the experiment again."
-        ) from None
-    if not isinstance(meta, dict) or meta.get("schema_version") != SCHEMA_VERSION:
-        version = meta.get("schema_version") if isinstance(meta, dict) else None
-        raise BadRun(
-            f"The run in {path} has schema version {version!r}, this lab reads {SCHEMA_VERSION}; "
-            f"run the experiment again."
-        )
-    kinds = {
-        "experiment": str,
-        "profile": str,
-        "parameters": dict,
-        "provenance": dict,
-        "tables": dict,
-    }
-    for name, kind in kinds.items():
-        if not isinstance(meta.get(name), kind):
-            raise BadRun(f"The run.json in {path} lacks {name!r}; run the experiment again.")
-    return meta
 
 
 def _read_table(path: Path, name: str, rows: object) -> pd.DataFrame:

@@ -1,0 +1,481 @@
+"""The ledger: every claim of the article, judged from the runs that are on disk.
+
+``data/claims.toml`` has a table for each claim: what it says, what one would see if it were right,
+and for each case an experiment and a predicate over its runs. It is TOML because prose and
+predicates stand there in lines of their own, so that a change of one claim shows as just that, and
+because Python's own library reads it. No verdict and no figure is in it: both come from runs, and
+without runs there are none.
+
+A claim is true where its predicate holds in every case, false where it does in none, and depends
+where the cases differ: on what, say their names.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from labkit.analysis import runs
+from labkit.analysis.findings import FindingFailed
+from labkit.analysis.predicates import Answer, BadPredicate, decide, figure
+from labkit.analysis.runs import RECORDED, BadRun, Run
+from labkit.errors import BadInput
+
+LEDGER: Final = Path(__file__).resolve().parents[2] / "data" / "claims.toml"
+"""The claims of the article."""
+
+TRUE, FALSE, DEPENDS = "true", "false", "depends"
+UNTESTABLE, NOT_RUN = "not testable", "not yet run here"
+WORDS: Final = (TRUE, FALSE, DEPENDS, UNTESTABLE, NOT_RUN)
+"""All verdicts, in the order in which they are counted."""
+
+_FIGURE: Final = re.compile(r"\{(?:([a-z0-9-]+): )?([^{}]+)\}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that the article would have to be right about.
+
+    Attributes
+    ----------
+    experiment
+        Whose runs decide; empty where the article's own figures do.
+    when
+        What distinguishes the case, in words that follow "depends on"; empty for the only one.
+    holds
+        Predicate that is true where the article is right; see :mod:`labkit.analysis.predicates`.
+    """
+
+    experiment: str
+    when: str
+    holds: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the article.
+
+    Attributes
+    ----------
+    id
+        Number of chapter and claim, with a letter for a part: ``"1.2b"``.
+    chapter
+        The chapter's title.
+    says
+        The claim, in our words.
+    expected
+        What one would see if it were right.
+    cases
+        What decides; empty for a claim that no experiment can test.
+    reason
+        Why no experiment can; empty where one does.
+    happens, instead
+        What happens, and what to do. ``{broken.anomalies}`` is a figure from the first case's run,
+        ``{map-life: rows(life)}`` one from the run of another experiment.
+    """
+
+    id: str
+    chapter: str
+    says: str
+    expected: str
+    cases: tuple[Case, ...]
+    reason: str = ""
+    happens: str = ""
+    instead: str = ""
+
+    @property
+    def experiments(self) -> tuple[str, ...]:
+        """The experiments whose runs decide, each once."""
+        return tuple(dict.fromkeys(case.experiment for case in self.cases if case.experiment))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one case came to on one kernel.
+
+    Attributes
+    ----------
+    case
+        What was asked.
+    holds
+        Whether the article is right; None where no run can tell.
+    figures
+        The figures that decided, in words.
+    run
+        Where they come from; None without a run.
+    problem
+        Why no run can tell; empty where one does.
+    """
+
+    case: Case
+    holds: bool | None
+    figures: str = ""
+    run: Run | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one claim came to on one kernel.
+
+    Attributes
+    ----------
+    claim
+        What was claimed.
+    kernel
+        Series of kernels, such as ``"6.18"``.
+    outcomes
+        What the cases came to, in their order.
+    """
+
+    claim: Claim
+    kernel: str
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def word(self) -> str:
+        """One of `WORDS`."""
+        if not self.outcomes:
+            return UNTESTABLE
+        found = {one.holds for one in self.outcomes if one.holds is not None}
+        if not found:
+            return NOT_RUN
+        return DEPENDS if len(found) == 2 else TRUE if found == {True} else FALSE
+
+    @property
+    def because(self) -> str:
+        """On what it depends, why it cannot be tested, or what is missing; else empty."""
+        missing = "; ".join(dict.fromkeys(one.problem for one in self.outcomes if one.problem))
+        if self.word == UNTESTABLE:
+            return self.claim.reason
+        if self.word == NOT_RUN:
+            return missing
+        words = [
+            f"{word}: {'; '.join(one.case.when for one in self.outcomes if one.holds is holds)}"
+            for word, holds in (("So", True), ("Not so", False))
+            if self.word == DEPENDS
+        ]
+        return ". ".join(words + ([f"Open: {missing}"] if missing else []))
+
+
+@dataclass(frozen=True)
+class Change:
+    """A case that a fresh run decides otherwise than a recorded one.
+
+    Attributes
+    ----------
+    claim
+        Of which it is a case.
+    was, now
+        From the recorded and from the fresh run.
+    """
+
+    claim: Claim
+    was: Outcome
+    now: Outcome
+
+    def __str__(self) -> str:
+        assert self.was.run is not None and self.now.run is not None
+        what = self.claim.id + (f", {self.now.case.when}" if self.now.case.when else "")
+        return (
+            f"{what}: {_word(self.was)} on {self.was.run.kernel} as recorded ({self.was.figures}), "
+            f"{_word(self.now)} on {self.now.run.kernel} now ({self.now.figures})"
+        )
+
+
+class Shelf:
+    """The runs that count: for each kernel series and experiment the newest.
+
+    Parameters
+    ----------
+    recorded
+        Folder of recorded runs.
+    fresh
+        Folder of runs measured here; None leaves them out. One with other parameters than the
+        recorded run of its profile does not count: it may have been too short to see anything.
+    """
+
+    def __init__(self, recorded: Path = RECORDED, fresh: Path | None = None) -> None:
+        self._recorded, self._fresh = Path(recorded), fresh
+        self._found: dict[str, dict[str, Run | BadRun]] = {}
+
+    def find(self, experiment: str) -> Mapping[str, Run | BadRun]:
+        """The newest run of an experiment by kernel series, or why it cannot be read."""
+        if experiment not in self._found:
+            self._found[experiment] = dict(self._newest(experiment))
+        return self._found[experiment]
+
+    def _newest(self, experiment: str) -> Iterator[tuple[str, Run | BadRun]]:
+        newest: dict[str, tuple[str, bool, Path]] = {}
+        usual: dict[tuple[str, str], object] = {}
+        for path, fresh in self._paths(experiment):
+            try:
+                meta = runs.described(path)
+            except BadRun:
+                continue  # no kernel can be told, so it stands for none
+            facts: Any = meta["provenance"]
+            kernel, made = series(str(facts["kernel"])), str(facts["recorded_at"])
+            if not fresh:
+                usual[kernel, str(meta["profile"])] = meta["parameters"]
+            elif (
+                usual.get((kernel, str(meta["profile"])), meta["parameters"]) != meta["parameters"]
+            ):
+                continue
+            if kernel not in newest or made > newest[kernel][0]:
+                newest[kernel] = (made, fresh, path)
+        for kernel, (_, fresh, path) in newest.items():
+            try:
+                yield kernel, replace(runs.load(path), recorded=not fresh)
+            except BadRun as error:
+                yield kernel, error
+
+    def _paths(self, experiment: str) -> Iterator[tuple[Path, bool]]:
+        for file in sorted(self._recorded.glob(f"*/*/{experiment}/run.json")):
+            yield file.parent, False
+        if self._fresh is not None:
+            for file in sorted(self._fresh.glob(f"{experiment}/[!.]*/run.json")):
+                yield file.parent, True
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All claims with their verdicts.
+
+    Attributes
+    ----------
+    claims
+        In the order of the article.
+    kernels
+        Series of kernels of which there are runs, oldest first.
+    verdicts
+        By claim id and kernel series.
+    changes
+        Cases that a fresh run decides otherwise than the recorded one of the same series, or of
+        the nearest older one where the series was never recorded.
+    """
+
+    claims: tuple[Claim, ...]
+    kernels: tuple[str, ...]
+    verdicts: Mapping[tuple[str, str], Verdict]
+    changes: tuple[Change, ...] = field(default=())
+
+    def of(self, claim: Claim) -> tuple[Verdict, ...]:
+        """The verdicts of one claim, one for each kernel."""
+        return tuple(self.verdicts[claim.id, kernel] for kernel in self.kernels)
+
+    def tried(self, claim: Claim) -> tuple[str, ...]:
+        """The kernels on which a claim was tried."""
+        return tuple(one.kernel for one in self.of(claim) if one.word in (TRUE, FALSE, DEPENDS))
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How many claims have which verdict, by kernel."""
+        return {
+            kernel: {
+                word: sum(self.verdicts[one.id, kernel].word == word for one in self.claims)
+                for word in WORDS
+            }
+            for kernel in self.kernels
+        }
+
+    def differing(self) -> tuple[Claim, ...]:
+        """The claims that came to something else on one kernel than on another."""
+
+        def differs(claim: Claim) -> bool:
+            seen: dict[Case, set[bool]] = {}
+            for verdict in self.of(claim):
+                for one in verdict.outcomes:
+                    if one.holds is not None:
+                        seen.setdefault(one.case, set()).add(one.holds)
+            return any(len(found) == 2 for found in seen.values())
+
+        return tuple(filter(differs, self.claims))
+
+    def wrong(self) -> tuple[Claim, ...]:
+        """The claims that are false, or true in some cases alone, on a kernel at least."""
+        return tuple(
+            claim
+            for claim in self.claims
+            if any(one.word in (FALSE, DEPENDS) for one in self.of(claim))
+        )
+
+    def undecided(self) -> tuple[Claim, ...]:
+        """The claims that could be tested and were on no kernel."""
+        return tuple(claim for claim in self.claims if claim.cases and not self.tried(claim))
+
+    def newest(self, claim: Claim) -> Verdict | None:
+        """The verdict of the newest kernel on which a claim was tried."""
+        tried = self.tried(claim)
+        return self.verdicts[claim.id, tried[-1]] if tried else None
+
+    def require(self) -> Ledger:
+        """Return the ledger, or raise FindingFailed: a verdict changed, or a claim has none."""
+        bad = [str(change) for change in self.changes]
+        bad += [f"{claim.id}: no run on any kernel decides it" for claim in self.undecided()]
+        if bad:
+            raise FindingFailed("The verdicts are not those recorded:\n- " + "\n- ".join(bad))
+        return self
+
+
+def read(file: Path = LEDGER) -> tuple[Claim, ...]:
+    """Read the claims.
+
+    Parameters
+    ----------
+    file
+        In TOML, a ``[[claim]]`` table each.
+
+    Raises
+    ------
+    BadInput
+        When it is no such file, names a claim twice, or leaves one with neither case nor reason.
+    """
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{file} cannot be read as a ledger of claims ({error}).") from None
+    claims = tuple(_claim(entry, content.get("chapters", {})) for entry in content.get("claim", []))
+    ids = [claim.id for claim in claims]
+    if twice := {id for id in ids if ids.count(id) > 1}:
+        raise BadInput(f"{file} has the claim {min(twice)} twice.")
+    return claims
+
+
+def judge(
+    claims: Sequence[Claim],
+    *,
+    recorded: Path = RECORDED,
+    fresh: Path | None = None,
+    needs: Mapping[str, Sequence[str]] | None = None,
+) -> Ledger:
+    """Judge claims by the runs that are there.
+
+    Parameters
+    ----------
+    claims
+        From `read`.
+    recorded, fresh
+        Folders of runs, as `Shelf` takes them.
+    needs
+        Kernel features by experiment, to say what a kernel would have to have.
+
+    Returns
+    -------
+    Ledger
+        Without kernels, and so without verdicts, where there are no runs.
+    """
+    shelf, before = Shelf(recorded, fresh), Shelf(recorded)
+    ids = dict.fromkeys(id for claim in claims for id in claim.experiments)
+    kernels = sorted({kernel for id in ids for kernel in shelf.find(id)}, key=runs.natural)
+    verdicts = {
+        (claim.id, kernel): Verdict(
+            claim,
+            kernel,
+            tuple(_outcome(case, shelf, kernel, needs or {}) for case in claim.cases),
+        )
+        for claim in claims
+        for kernel in kernels
+    }
+    changes = []
+    for (_, kernel), verdict in verdicts.items():
+        for now in verdict.outcomes:
+            if now.run is None or now.run.recorded:
+                continue
+            was = _outcome(now.case, before, _baseline(before, now.case, kernel), {})
+            if was.holds is not None and was.holds != now.holds:
+                changes.append(Change(verdict.claim, was, now))
+    return Ledger(tuple(claims), tuple(kernels), verdicts, tuple(changes))
+
+
+def series(release: str) -> str:
+    """The series of a kernel release: ``6.18`` of ``6.18.44-fc``; else the release itself."""
+    found = re.match(r"\d+\.\d+", release)
+    return found.group() if found else release
+
+
+def told(text: str, claim: Claim, verdict: Verdict) -> str:
+    """Fill the figures of a run into prose.
+
+    Parameters
+    ----------
+    text
+        The claim's `happens` or `instead`.
+    claim
+        Whose experiments it may name.
+    verdict
+        On the kernel whose runs give the figures.
+
+    Returns
+    -------
+    str
+        With "(not measured on 6.1)" in place of a figure that the kernel's runs do not have.
+    """
+    by_experiment = {one.case.experiment: one.run for one in verdict.outcomes}
+
+    def fill(found: re.Match[str]) -> str:
+        experiment = found[1] or "".join(claim.experiments[:1])
+        run = by_experiment.get(experiment)
+        if not experiment:
+            return figure(found[2], None)
+        return figure(found[2], run) if run else f"(not measured on {verdict.kernel})"
+
+    return _FIGURE.sub(fill, text)
+
+
+def _claim(entry: Mapping[str, Any], chapters: Mapping[str, str]) -> Claim:
+    id = str(entry.get("id", "one without an id"))
+    cases = tuple(
+        Case(str(case.get("experiment", "")), str(case.get("when", "")), _line(case["holds"]))
+        for case in entry.get("case", [])
+    )
+    reason = str(entry.get("reason", ""))
+    if bool(cases) == bool(reason):
+        raise BadInput(f"Claim {id} needs cases that decide it, or else the reason why none can.")
+    if len(cases) > 1 and not all(case.when for case in cases):
+        raise BadInput(f"Claim {id} has several cases; each must say when it is meant.")
+    missing = [name for name in ("says", "expected") if not entry.get(name)]
+    if missing or id.split(".")[0] not in chapters:
+        raise BadInput(f"Claim {id} lacks {missing[0] if missing else 'a chapter that is named'}.")
+    return Claim(
+        id,
+        chapters[id.split(".")[0]],
+        _line(entry["says"]),
+        _line(entry["expected"]),
+        cases,
+        _line(reason),
+        _line(entry.get("happens", "")),
+        _line(entry.get("instead", "")),
+    )
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _outcome(case: Case, shelf: Shelf, kernel: str, needs: Mapping[str, Sequence[str]]) -> Outcome:
+    run = shelf.find(case.experiment).get(kernel) if case.experiment else None
+    if case.experiment and run is None:
+        features = ", ".join(needs.get(case.experiment, ()))
+        wanted = f" (needs {features})" if features else ""
+        return Outcome(case, None, problem=f"{case.experiment}{wanted}")
+    if isinstance(run, BadRun):
+        return Outcome(case, None, problem=str(run))
+    try:
+        answer: Answer = decide(case.holds, run)
+    except BadPredicate as error:
+        return Outcome(case, None, problem=str(error))
+    return Outcome(case, answer.holds, str(answer), run)
+
+
+def _baseline(shelf: Shelf, case: Case, kernel: str) -> str:
+    """The recorded series to compare with: the same, or the nearest older, or the oldest."""
+    known = sorted(shelf.find(case.experiment), key=runs.natural) if case.experiment else []
+    older = [one for one in known if runs.natural(one) <= runs.natural(kernel)]
+    return (older or known or [kernel])[-1 if older else 0]
+
+
+def _word(outcome: Outcome) -> str:
+    return "undecided" if outcome.holds is None else "so" if outcome.holds else "not so"
