@@ -41,5 +41,20 @@ list: setup ## every experiment, and whether this kernel can run it
 verdicts: setup ## every claim of the article, judged by the runs here; exit status 1 if one has changed
 	@$(ENTER) $(PYTHON) -m labkit verdicts
 
+# The VM with Debian's stock kernel (labkit/vm.py).
+.PHONY: vm-host vm-image vm-boot vm-ssh
+
+vm-host: setup
+	@provision/vm-packages.sh
+
+vm-image: vm-host ## build the VM image: Debian 12 with its own kernel, and the lab in it
+	@provision/vm-image.sh
+
+vm-boot: vm-host ## boot the VM, and keep it until Ctrl-C
+	@$(PYTHON) -m labkit.vm boot
+
+vm-ssh: vm-host ## a shell, or COMMAND=..., in the VM; boots one for it where none runs
+	@$(PYTHON) -m labkit.vm ssh $(if $(COMMAND),'$(subst ','\'',$(COMMAND))')
+
 clean: ## remove what the lab left in the kernel, then everything it made in this folder
 	@provision/clean.sh

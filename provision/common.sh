@@ -6,6 +6,7 @@ set -euo pipefail
 # The checkout, whatever directory the caller is in.
 LAB_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 # Everything that provisioning makes besides .venv: header links, logs, tool links.
+# shellcheck disable=SC2034
 LAB_STATE=$LAB_ROOT/.lab
 
 # Exit status that says: no BPF on this machine, go on with recorded runs.
@@ -69,4 +70,22 @@ with_progress() {
         return "$status"
     fi
     say "$what: done in $((SECONDS - start)) s"
+}
+
+# Prints those of the Debian packages named that are not installed.
+missing_of() {
+    local installed
+    installed=$(dpkg-query -W -f '${db:Status-Status} ${Package}\n' "$@" 2>/dev/null || true)
+    local name
+    for name in "$@"; do
+        grep -qx "installed $name" <<<"$installed" || printf '%s\n' "$name"
+    done
+}
+
+# Also for calls side by side: apt's list lock does not wait by itself, so a lock on apt's own folder
+# serialises ours, and leaves no file.
+apt_update() { as_root flock /var/lib/apt apt-get update -q; }
+apt_install() {
+    as_root env DEBIAN_FRONTEND=noninteractive \
+        apt-get -o DPkg::Lock::Timeout=300 install -q -y --no-install-recommends "$@"
 }

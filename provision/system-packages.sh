@@ -1,18 +1,9 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that the lab lacks. Does nothing, fast, when all are there.
+# With --list it only prints their names (headers depend on the kernel, and are not among them).
 # Exit status: 0 all there; 3 this machine cannot have them, so recorded runs only; else a failure.
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-
-if [[ $(uname -s) != Linux ]]; then
-    say "This is $(uname -s), and BPF needs Linux: recorded runs only (the Vagrantfile gives a Linux)."
-    exit "$RECORDED_ONLY"
-fi
-if ! command -v dpkg-query >/dev/null; then
-    say "This Linux is not a Debian: install bcc's Python package, bpftool, libbpf and clang yourself," \
-        "or use the Vagrantfile; until then recorded runs only."
-    exit "$RECORDED_ONLY"
-fi
 
 packages=(
     python3-bpfcc # compiles and loads the programs in bpf/
@@ -28,15 +19,19 @@ packages=(
     util-linux mount   # unshare and mount, for enter.sh
 )
 
-# Prints those of its arguments that are not installed.
-missing_of() {
-    local installed
-    installed=$(dpkg-query -W -f '${db:Status-Status} ${Package}\n' "$@" 2>/dev/null || true)
-    local name
-    for name in "$@"; do
-        grep -qx "installed $name" <<<"$installed" || printf '%s\n' "$name"
-    done
-}
+if [[ ${1:-} == --list ]]; then
+    printf '%s\n' "${packages[@]}"
+    exit 0
+fi
+if [[ $(uname -s) != Linux ]]; then
+    say "This is $(uname -s), and BPF needs Linux: recorded runs only (the Vagrantfile gives a Linux)."
+    exit "$RECORDED_ONLY"
+fi
+if ! command -v dpkg-query >/dev/null; then
+    say "This Linux is not a Debian: install bcc's Python package, bpftool, libbpf and clang yourself," \
+        "or use the Vagrantfile; until then recorded runs only."
+    exit "$RECORDED_ONLY"
+fi
 
 mapfile -t missing < <(missing_of "${packages[@]}")
 
@@ -61,27 +56,15 @@ if ! can_be_root; then
 fi
 
 install_packages() {
-    local kernel headers arch
-    export DEBIAN_FRONTEND=noninteractive
-    apt-get update -q
+    local headers
+    apt_update
     if [[ $need_headers == yes ]]; then
-        kernel=$(uname -r)
-        arch=$(dpkg --print-architecture)
-        headers=linux-headers-$kernel
-        apt-cache show "$headers" >/dev/null 2>&1 || headers=linux-headers-$arch
+        headers=linux-headers-$(uname -r)
+        apt-cache show "$headers" >/dev/null 2>&1 || headers=linux-headers-$(dpkg --print-architecture)
         missing+=("$headers")
     fi
-    # Another checkout, or the machine itself, may be installing too: wait for it.
-    apt-get -o DPkg::Lock::Timeout=300 install -q -y --no-install-recommends "${missing[@]}"
+    apt_install "${missing[@]}"
 }
 
-if ((EUID != 0)); then
-    # Root runs this same script, so that there is one way to install.
-    exec sudo "${BASH_SOURCE[0]}"
-fi
 say "Debian packages to install: $wanted"
-# apt's list lock does not wait by itself: a lock on apt's own folder serialises our runs, and
-# leaves no file.
-exec 9</var/lib/apt
-flock 9
 with_progress "$LAB_STATE/apt.log" "Installing Debian packages" install_packages

@@ -1,0 +1,448 @@
+"""A VM with Debian's stock kernel, where the machine's own kernel lacks what an experiment needs.
+
+``provision/vm-image.sh`` builds the image. Here it is booted by QEMU, under KVM where that works
+and with an emulated CPU (TCG) where it does not, which is found out by trying. Every command boots
+a VM of its own, from a snapshot that forgets all changes, and ends it. QEMU is killed by the
+kernel when this process dies, however it dies; this process dies with the one that started it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from labkit.errors import BadInput, LabError, TimedOut, Unavailable
+from labkit.kernel.parallel import die_with_parent
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+STATE = CHECKOUT / ".lab" / "vm"
+"""One folder per VM that was booted here, named after the process that holds it."""
+
+RESULTS = STATE / "results"
+"""What a VM writes to ``/results`` is here, and stays."""
+
+BOOT_LIMIT_S = 240.0
+"""Until the VM must have answered, seconds; 15 to 60 are usual when the CPU is emulated."""
+
+_TRIAL_LIMIT_S = 20.0
+_NEED_BYTES = 2 << 30  # of what a VM writes while it runs
+_GUEST_CHECKOUT = "/vagrant"  # where Vagrant has it, too
+_NOT_SHARED = ("/.venv/", "/.lab/", "/runs/", "/reports/", "__pycache__/", ".*_cache/")
+_COMMAND_LINE = (
+    "root=/dev/vda rw console=ttyS0 quiet panic=-1 net.ifnames=0 "
+    # An emulated CPU has nothing to guard against its guest; these cost it a third of its speed.
+    "nokaslr mitigations=off init_on_alloc=0 apparmor=0 audit=0"
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A VM that answers.
+
+    Parameters
+    ----------
+    folder : str
+        Its files on the host while it runs: log of the serial line, key, port.
+    image : str
+        Folder of the image that it was booted from.
+    port : int
+        Of 127.0.0.1, where its ssh server is reached.
+    pid : int
+        Of the process that holds it.
+    accelerator : str
+        ``kvm`` or ``tcg``.
+    """
+
+    folder: str
+    image: str
+    port: int
+    pid: int
+    accelerator: str
+
+    def ssh(self, command: str, *, terminal: bool = False) -> list[str]:
+        """Command line that runs a command, or with "" a shell, as root in the checkout."""
+        line = [*self._client(), "-tt" if terminal else "-T", "root@127.0.0.1"]
+        return [*line, f"cd {_GUEST_CHECKOUT} && {command or 'exec bash -l'}"]
+
+    def _client(self) -> list[str]:
+        options = {
+            "IdentityFile": f"{self.folder}/key",
+            "IdentitiesOnly": "yes",
+            "UserKnownHostsFile": f"{self.folder}/known_hosts",
+            "HostKeyAlias": "lab",
+            "StrictHostKeyChecking": "yes",
+            "LogLevel": "ERROR",
+            "ConnectTimeout": "60",
+            "ServerAliveInterval": "30",
+            "ServerAliveCountMax": "10",
+        }
+        line = ["ssh", "-F", "none", "-p", str(self.port)]
+        line += [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+        return line
+
+    def bring_checkout(self) -> None:
+        """Make the VM's checkout what this one is now; what the VM made in it stays.
+
+        Raises
+        ------
+        LabError
+            It could not be copied.
+        """
+        excluded = [f"--exclude={name}" for name in _NOT_SHARED]
+        copied = subprocess.run(
+            [
+                *("rsync", "--archive", "--no-owner", "--no-group", "--delete", *excluded),
+                *("--timeout=120", f"--rsh={shlex.join(self._client())}"),
+                *(f"{CHECKOUT}/", f"root@127.0.0.1:{_GUEST_CHECKOUT}/"),
+            ],
+            check=False,
+        )
+        if copied.returncode != 0:
+            raise LabError("The checkout could not be copied into the VM: see above.")
+
+    def run(self, command: str, *, timeout_s: float | None = None, terminal: bool = False) -> int:
+        """Run a shell command in the VM's checkout as root; what it prints is printed here.
+
+        Parameters
+        ----------
+        command : str
+            In the shell's syntax; "" is a shell.
+        timeout_s : float, optional
+            Seconds until it is given up; by default it may take for ever.
+        terminal : bool
+            Whether it gets a terminal.
+
+        Returns
+        -------
+        int
+            Its exit status.
+
+        Raises
+        ------
+        TimedOut
+            It took longer than ``timeout_s`` seconds.
+        """
+        try:
+            return subprocess.run(
+                self.ssh(command, terminal=terminal), timeout=timeout_s, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            raise TimedOut(
+                f"In the VM, {command!r} did not end within {timeout_s:g} s; it was stopped."
+            ) from None
+
+
+@contextlib.contextmanager
+def booted(say: Callable[[str], None], *, limit_s: float = BOOT_LIMIT_S) -> Iterator[Machine]:
+    """Boot a VM that lives as long as the block.
+
+    Parameters
+    ----------
+    say : callable
+        Gets a sentence per step.
+    limit_s : float
+        Until it must have answered, seconds.
+
+    Yields
+    ------
+    Machine
+        With this checkout, as it stood at the boot, in ``/vagrant``.
+
+    Raises
+    ------
+    Unavailable
+        No image, no QEMU, or no room on the disk.
+    LabError
+        It did not boot; the end of its serial line's log was said.
+    """
+    image = _image()
+    accelerator = _accelerator(image, say)
+    _remove_dead()
+    if shutil.disk_usage(CHECKOUT).free < _NEED_BYTES:
+        raise Unavailable(
+            f"A running VM may write {_NEED_BYTES >> 30} GiB to this disk, and less is free: free "
+            "some space."
+        )
+    folder = STATE / f"run-{os.getpid()}"
+    folder.mkdir(parents=True)
+    RESULTS.mkdir(exist_ok=True)
+    try:
+        _make_key(folder, image)
+        port = _free_port()
+        machine = Machine(str(folder), str(image), port, os.getpid(), accelerator)
+        start = time.monotonic()
+        with _qemu(_command_line(machine), folder) as qemu:
+            _await_ready(qemu, folder, start + limit_s, limit_s, say)
+            machine.bring_checkout()
+            say(f"the VM answers after {time.monotonic() - start:.0f} s ({_spoken(accelerator)})")
+            (folder / "machine.json").write_text(json.dumps(asdict(machine)))
+            yield machine
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def running() -> Machine | None:
+    """VM of this checkout that was booted last and still runs, or None."""
+    found = sorted(STATE.glob("run-*/machine.json"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(found):
+        machine = Machine(**json.loads(path.read_text()))
+        if _alive(machine.pid):
+            return machine
+    return None
+
+
+def _image() -> Path:
+    built = subprocess.run(
+        [CHECKOUT / "provision" / "vm-image.sh"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if built.returncode != 0:
+        raise Unavailable("There is no VM image, and building it failed: see above.")
+    return Path(built.stdout.splitlines()[-1])
+
+
+def _spoken(accelerator: str) -> str:
+    return "KVM" if accelerator == "kvm" else "emulated CPU"
+
+
+def _settings() -> tuple[int, int]:
+    """CPUs, and memory in MiB."""
+    values = []
+    for name, usual, least in (("LAB_VM_CPUS", 2, 1), ("LAB_VM_MEMORY", 4096, 1024)):
+        text = os.environ.get(name, str(usual))
+        if not text.isdecimal() or int(text) < least:
+            raise BadInput(f"{name} is a whole number, at least {least}, not {text!r}.")
+        values.append(int(text))
+    return values[0], values[1]
+
+
+def _accelerator(image: Path, say: Callable[[str], None]) -> str:
+    """Find out whether KVM runs this kernel, by trying."""
+    wanted = os.environ.get("LAB_VM_ACCEL", "")
+    if wanted not in ("", "kvm", "tcg"):
+        raise BadInput(f"LAB_VM_ACCEL is kvm or tcg, or unset to try, not {wanted!r}.")
+    if wanted == "tcg":
+        return "tcg"
+    why_not = _why_no_kvm(image)
+    if not why_not:
+        return "kvm"
+    if wanted == "kvm":
+        raise Unavailable(f"KVM is asked for (LAB_VM_ACCEL), and {why_not}.")
+    say(f"the VM's CPU will be emulated, some ten times slower: {why_not}")
+    return "tcg"
+
+
+def _why_no_kvm(image: Path) -> str:
+    if not os.path.exists("/dev/kvm"):
+        return "there is no /dev/kvm"
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "/dev/kvm may not be opened (join its group, or run as root)"
+    if os.path.exists("/sys/module/kvm_pvm"):
+        return "this machine's KVM (pvm) runs no stock kernel"
+    # Boots until the kernel finds no first program, and panics, which ends QEMU.
+    try:
+        trial = subprocess.run(
+            [
+                *("qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-M", "q35"),
+                *("-m", "512", "-nodefaults", "-display", "none", "-no-reboot"),
+                *("-serial", "stdio", "-kernel", str(image / "vmlinux")),
+                *("-append", "console=ttyS0 panic=-1 rdinit=/none root=none"),
+            ],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_TRIAL_LIMIT_S,
+            preexec_fn=die_with_parent,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"a kernel under KVM was not up after {_TRIAL_LIMIT_S:g} s"
+    except FileNotFoundError:
+        raise Unavailable("There is no qemu-system-x86_64: run provision/vm-packages.sh.") from None
+    if b"Kernel panic - not syncing: VFS" in trial.stdout:
+        return ""
+    return "/dev/kvm opens, but a kernel does not get up under it"
+
+
+def _command_line(machine: Machine) -> list[str]:
+    cpus, memory = _settings()
+    image, folder = Path(machine.image), Path(machine.folder)
+    kvm = machine.accelerator == "kvm"
+    return [
+        "qemu-system-x86_64",
+        *("-accel", "kvm" if kvm else "tcg,thread=multi", "-cpu", "host" if kvm else "max"),
+        *("-M", "q35", "-smp", str(cpus), "-m", str(memory)),
+        *("-nodefaults", "-display", "none", "-no-reboot", "-serial", f"file:{folder}/serial.log"),
+        *("-kernel", str(image / "vmlinux"), "-initrd", str(image / "initrd")),
+        *("-append", _COMMAND_LINE),
+        # A full disk is an error in the guest, not a guest that stands still.
+        *("-drive", f"file={image}/disk.raw,format=raw,if=virtio,snapshot=on,cache=unsafe,"
+          "werror=report,rerror=report"),
+        *("-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{machine.port}-:22"),
+        *("-device", "virtio-net-pci,netdev=net", "-device", "virtio-rng-pci"),
+        *_share("run", folder),
+        *_share("results", RESULTS),
+    ]  # fmt: skip
+
+
+def _share(tag: str, path: Path) -> list[str]:
+    quoted = str(path).replace(",", ",,")
+    return ["-virtfs", f"local,path={quoted},mount_tag={tag},security_model=none,multidevs=remap"]
+
+
+@contextlib.contextmanager
+def _qemu(line: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with open(folder / "qemu.log", "wb") as log:
+        try:
+            qemu = subprocess.Popen(
+                line,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # Its copy of the disk is a file without a name in here: nothing stays of it.
+                env={**os.environ, "TMPDIR": str(folder)},
+                process_group=0,  # Ctrl-C is for what runs in the VM
+                preexec_fn=die_with_parent,
+            )
+        except FileNotFoundError:
+            raise Unavailable(
+                "There is no qemu-system-x86_64: run provision/vm-packages.sh."
+            ) from None
+    try:
+        yield qemu
+    finally:
+        qemu.kill()
+        qemu.wait()
+
+
+def _await_ready(
+    qemu: subprocess.Popen[bytes],
+    folder: Path,
+    deadline: float,
+    limit_s: float,
+    say: Callable[[str], None],
+) -> None:
+    """Wait until the guest has written that it is ready."""
+    while not (folder / "ready").exists():
+        if qemu.poll() is not None:
+            _show(folder, say)
+            raise LabError(f"QEMU ended with status {qemu.returncode} before the VM was up.")
+        if time.monotonic() > deadline:
+            _show(folder, say)
+            raise TimedOut(f"The VM did not answer within {limit_s:g} s; it was stopped.")
+        time.sleep(0.1)
+
+
+def _show(folder: Path, say: Callable[[str], None]) -> None:
+    for name in ("serial.log", "qemu.log"):
+        with contextlib.suppress(OSError):
+            for line in (folder / name).read_text(errors="replace").splitlines()[-30:]:
+                say(f"{name}: {line.rstrip()}")
+
+
+def _make_key(folder: Path, image: Path) -> None:
+    try:
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "lab", "-f", str(folder / "key")],
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        raise Unavailable(
+            "No ssh key can be made: run provision/vm-packages.sh, and see that the disk is not "
+            "full."
+        ) from None
+    (folder / "known_hosts").write_text("lab " + (image / "host_key").read_text())
+
+
+def _free_port() -> int:
+    """A port of 127.0.0.1 that the kernel says is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove_dead() -> None:
+    """Remove the folders of VMs whose holder was killed."""
+    for folder in STATE.glob("run-*"):
+        if not _alive(int(folder.name.removeprefix("run-"))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _say(text: str) -> None:
+    print(f"lab: {text}", file=sys.stderr, flush=True)
+
+
+def _boot(arguments: argparse.Namespace) -> int:
+    with booted(_say) as machine:
+        _say("python -m labkit.vm ssh COMMAND runs a command in it; Ctrl-C here ends it")
+        print(f"ready {machine.folder}", flush=True)
+        while True:
+            signal.pause()
+
+
+def _bring(arguments: argparse.Namespace) -> int:
+    machine = running()
+    if machine is None:
+        raise Unavailable("No VM of this checkout runs: make vm-boot starts one.")
+    machine.bring_checkout()
+    return 0
+
+
+def _ssh(arguments: argparse.Namespace) -> int:
+    words: list[str] = arguments.words
+    # One word is a shell command, as with ssh; several are one command and its arguments.
+    command = words[0] if len(words) == 1 else shlex.join(words)
+    terminal = not words and sys.stdin.isatty()
+    with contextlib.ExitStack() as stack:
+        machine = running() or stack.enter_context(booted(_say))
+        return machine.run(command, terminal=terminal)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command; see ``--help``."""
+    parser = argparse.ArgumentParser(prog="python -m labkit.vm", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    boot = commands.add_parser("boot", help="boot a VM, and keep it until Ctrl-C")
+    boot.set_defaults(command=_boot)
+    bring = commands.add_parser("bring", help="bring this checkout, as it is now, into that VM")
+    bring.set_defaults(command=_bring)
+    ssh = commands.add_parser(
+        "ssh", help="a shell, or a command, in the VM that runs; boots one where none does"
+    )
+    ssh.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND")
+    ssh.set_defaults(command=_ssh)
+    arguments = parser.parse_args(words)
+    die_with_parent()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        return int(arguments.command(arguments))
+    except LabError as error:
+        _say(str(error))
+        return 2 if isinstance(error, BadInput | Unavailable) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
