@@ -26,6 +26,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from labkit import verdicts
 from labkit.analysis.runs import PARTIAL, PROFILES, REPLACED
 from labkit.errors import BadInput, LabError
 from labkit.failures.experiment import catalogue
@@ -34,6 +35,8 @@ from labkit.notebook import FINDING_MIME, KEY_FIGURE, Outcome
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 """The notebooks of the checkout, with their parameters in ``params/<profile>.yaml``."""
+
+_CHECKOUT = NOTEBOOKS.parent
 
 TIME_LIMIT_S = {"quick": 900.0, "full": 7200.0}
 """Bound for one notebook, seconds."""
@@ -44,6 +47,7 @@ _SPACE_BYTES = 32 << 20  # a report is smaller by far; below this a disk is as g
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 _GENERATOR = '<meta name="generator" content="map freshness lab">'
 _MEASURES = re.compile(r"""\.measure\(\s*["']([a-z0-9-]+)["']""")
+_PICTURE = re.compile(r"Figure of ([a-z0-9-]+):")
 _NO_ALT = 'alt="No description has been provided for this image"'
 
 
@@ -62,6 +66,7 @@ class _Page:
     body: str = ""
     outcomes: list[Outcome] = field(default_factory=list)
     anchors: dict[str, str] = field(default_factory=dict)  # of the experiments' sections
+    pictures: dict[str, str] = field(default_factory=dict)  # the experiments' first; as below
     key_figure: str = ""  # PNG in base64
     key_words: str = ""
 
@@ -122,18 +127,21 @@ def make_report(
         with _building(folder) as partial:
             begun, pages = time.monotonic(), []
             with _kernel_environment() as sockets:
-                for file in files:
+                # A notebook that only reads runs wants those of the others: its turn comes after.
+                for file in sorted(files, key=lambda file: not _measures(file)):
                     pages.append(_execute(file, partial, sockets, given, limit, say))
                     done(_summary(pages[-1]))
             say("making the pages")
+            pages.sort(key=lambda page: page.name)
             for page in pages:
                 _read(page, partial / f"{page.name}.ipynb")
                 (partial / f"{page.name}.html").write_text(
                     _html(page.title, f"<p><a href='index.html'>Report</a></p>{page.body}"),
                     encoding="utf-8",
                 )
+            claims = _claims(pages, partial, _CHECKOUT / str(given.get("runs_folder", "runs")))
             (partial / "index.html").write_text(
-                _index(pages, profile, time.monotonic() - begun), encoding="utf-8"
+                _index(pages, claims, profile, time.monotonic() - begun), encoding="utf-8"
             )
             _publish(partial, folder)
     except OSError as error:
@@ -145,6 +153,31 @@ def make_report(
         done(f"Not live: {words}")
     done(f"{_tally(pages)} Open {folder / 'index.html'}")
     return int(any(map(_failed, pages)))
+
+
+def _measures(file: Path) -> bool:
+    return _MEASURES.search(file.read_text(encoding="utf-8").replace('\\"', '"')) is not None
+
+
+def _claims(pages: list[_Page], partial: Path, fresh: Path) -> str:
+    """Write the pages of wrong claims; the verdicts of all, for the first page."""
+    sections = {
+        one.experiment: _section(page, one.experiment) for page in pages for one in page.outcomes
+    }
+    pictures: dict[str, str] = {}
+    for page in pages:
+        pictures = {**page.pictures, **pictures}
+    ledger = verdicts.evaluate(fresh)
+    if not any(id in sections for claim in ledger.claims for id in claim.experiments):
+        return ""  # a report of other notebooks than the lab's
+    for name, title, body in verdicts.wrong_pages(ledger, sections, pictures):
+        back = f"<p><a href='index.html#{name.removesuffix('.html')}'>Report</a></p>"
+        (partial / name).write_text(_html(title, back + body), encoding="utf-8")
+    return verdicts.front(ledger, sections)
+
+
+def _section(page: _Page, experiment: str) -> str:
+    return f"{page.name}.html#cell-id={page.anchors.get(experiment, '')}"
 
 
 def _parameters(file: Path) -> dict[str, Any]:
@@ -289,6 +322,8 @@ def _collect(page: _Page, file: Path) -> None:
                 outcomes[outcome.experiment] = outcome
             if "image/png" in data:
                 figures.append(output)
+                if about := _PICTURE.match(data.get("text/plain", "")):
+                    page.pictures.setdefault(about[1], data["image/png"].replace("\n", ""))
     for experiment in measured:
         if experiment not in outcomes:
             known = catalogue().get(experiment)
@@ -502,12 +537,12 @@ def _html(title: str, body: str) -> str:
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"{_GENERATOR}<title>{escape(title)}</title><style>{colours}{_STYLE}</style></head>\n"
+        f"{_GENERATOR}<title>{escape(title)}</title><style>{colours}{_STYLE}{verdicts.STYLE}</style></head>\n"
         f"<body>{body}</body></html>\n"
     )
 
 
-def _index(pages: list[_Page], profile: str, duration_s: float) -> str:
+def _index(pages: list[_Page], claims: str, profile: str, duration_s: float) -> str:
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     bad = any(map(_failed, pages))
     parts = [
@@ -523,7 +558,11 @@ def _index(pages: list[_Page], profile: str, duration_s: float) -> str:
             "marked as recorded, it comes from the kernel named beside it. To make it live:</p>"
             f"<ul>{items}</ul></div>"
         )
-    return _html("Map freshness lab", "\n".join(parts + [_card(page) for page in pages]))
+    cards = [_card(page) for page in pages]
+    if claims:
+        parts.append("<p><a href='#notebooks'>The notebooks and their findings</a></p>")
+        cards.insert(0, "<h1 id='notebooks'>The notebooks</h1>")
+    return _html("Map freshness lab", "\n".join([*parts, claims, *cards]))
 
 
 def _card(page: _Page) -> str:
@@ -553,7 +592,7 @@ def _item(page: _Page, one: Outcome) -> str:
         "lacks": ("cannot run here", "aside"),
     }[one.state]
     recorded = _badge(f"recorded on {one.kernel}", "aside") if one.kernel and not one.live else ""
-    where = f"{page.name}.html#cell-id={page.anchors.get(one.experiment, '')}"
+    where = _section(page, one.experiment)
     saved = f"<br><span class='small'>{escape(one.run)}</span>" if one.run else ""
     return (
         f"<li>{_badge(word, look)} {recorded} {one.number}. "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,15 +28,16 @@ KNOWN = {
     "1.2d": DEPENDS, "1.3": DEPENDS, "1.3a": DEPENDS, "1.3b": DEPENDS, "1.3c": FALSE,
     "1.3d": DEPENDS, "1.3e": DEPENDS, "1.3f": FALSE, "1.3g": DEPENDS, "1.4": DEPENDS,
     "1.4a": DEPENDS, "1.4b": DEPENDS, "1.4c": DEPENDS, "1.4d": DEPENDS, "1.4e": FALSE,
-    "1.5": FALSE, "1.6": FALSE, "1.7": FALSE, "1.8": UNTESTABLE, "1.10": FALSE,
-    "1.11": DEPENDS, "1.12": DEPENDS, "1.T": DEPENDS,
+    "1.5": FALSE, "1.6": FALSE, "1.7": FALSE, "1.8": UNTESTABLE, "1.10": FALSE, "1.11": DEPENDS,
+    "1.12": DEPENDS, "1.T": DEPENDS,
     "2.1a": DEPENDS, "2.1b": FALSE, "2.1c": DEPENDS, "2.2a": TRUE, "2.2b": FALSE, "2.2c": FALSE,
-    "2.2d": DEPENDS, "2.3": FALSE, "2.4": DEPENDS, "2.5a": DEPENDS, "2.5b": FALSE, "2.5c": FALSE,
+    "2.2d": DEPENDS, "2.3": FALSE, "2.4": DEPENDS, "2.5a": DEPENDS, "2.5b": FALSE,
+    "2.5c": FALSE,
     "3.1a": DEPENDS, "3.1b": DEPENDS, "3.1c": FALSE, "3.2": TRUE, "3.3": DEPENDS,
-    "4.2": DEPENDS, "4.3": DEPENDS, "4.4a": FALSE, "4.4b": DEPENDS, "4.4c": DEPENDS, "4.4d": TRUE,
-    "4.4e": UNTESTABLE,
-    "5.2a": FALSE, "5.2b": TRUE, "5.2c": UNTESTABLE, "5.2d": FALSE, "5.3": TRUE, "5.4": TRUE,
-    "5.5": DEPENDS, "5.8": UNTESTABLE, "5.9": UNTESTABLE,
+    "4.1": DEPENDS, "4.2": DEPENDS, "4.3": DEPENDS, "4.4a": FALSE, "4.4b": DEPENDS,
+    "4.4c": DEPENDS, "4.4d": TRUE, "4.4e": UNTESTABLE,
+    "5.1": FALSE, "5.2a": FALSE, "5.2b": TRUE, "5.2c": UNTESTABLE, "5.2d": FALSE, "5.3": TRUE,
+    "5.4": TRUE, "5.5": DEPENDS, "5.8": UNTESTABLE, "5.9": UNTESTABLE,
 }  # fmt: skip
 
 
@@ -281,6 +284,71 @@ def test_for_scripts_it_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for kernel in said["kernels"]:
         assert sum(said["counts"][kernel].values()) == len(CLAIMS)
     assert said["changes"] == []
+
+
+# ------------------------------------------------------------------------------ the pages
+
+
+def page(body: str) -> str:
+    """What a reader sees of a page."""
+    return " ".join(
+        html.unescape(re.sub(r"<(style|script).*?</\1>|<[^>]+>", " ", body, flags=re.S)).split()
+    )
+
+
+def ledger_of(folder: Path) -> claims.Ledger:
+    runs.record(run(kernel="6.1.9", stale=1), folder)
+    runs.record(run(kernel="6.18.1"), folder)
+    told = {
+        "happens": "Stale: {control.anomalies} <of> {control.operations}. `Next`.",
+        "instead": "Read again.",
+    }
+    never = replace(claim(reason="Nobody <knows>."), id="2.1", cases=())
+    return claims.judge([claim(STALE, **told), never], recorded=folder)
+
+
+def test_the_first_page_leads_from_each_claim_to_its_experiment(tmp_path: Path) -> None:
+    ledger = ledger_of(tmp_path)
+    front = verdicts.front(ledger, {"toy": "00-toy.html#cell-id=exp-1"})
+    assert front.count("<tr id='claim-") == 2
+    assert "<a href='00-toy.html#cell-id=exp-1'>toy</a>" in front
+    assert "<a href='claim-1.1.html'>Reads are stale.</a>" in front
+    words = page(front)
+    assert "2 claims 6.1 6.18 true 1 0 false 0 1 depends 0 0 not testable 1 1" in words
+    assert "What differs between the kernels" in words
+    assert "so control.anomalies = 1 of 1,000 not so control.anomalies = 0 of 1,000" in words
+    assert "Nobody <knows>." in words and "<knows>" not in front
+    assert "CHANGED" not in front
+
+
+def test_a_wrong_claim_has_a_page_with_figures_of_the_run(tmp_path: Path) -> None:
+    ((name, title, body),) = verdicts.wrong_pages(ledger_of(tmp_path), {}, {"toy": "UE5H"})
+    assert (name, title) == ("claim-1.1.html", "1.1 Reads are stale.")
+    words = page(body)
+    for expected in (
+        "The article says: 1.1 Reads are stale. 6.1 true 6.18 false",
+        "What happens Stale: 0 <of> 1,000. Next . Figures of kernel 6.18: toy, quick profile",
+        "What to do instead Read again.",
+        "control.anomalies > 0 toy so control.anomalies = 1 of 1,000 not so",
+    ):
+        assert expected in words, words
+    assert "data:image/png;base64,UE5H" in body and "<code>Next</code>" in body
+
+
+def test_pages_load_nothing(tmp_path: Path) -> None:
+    ledger = verdicts.evaluate(None)
+    pages = [body for _, _, body in verdicts.wrong_pages(ledger, {}, {})]
+    assert len(pages) == len(ledger.wrong())
+    for body in [verdicts.front(ledger, {}), verdicts.table(ledger).html, *pages]:
+        assert not re.search(r"https?:|<link|@import|url\(|src=(?!'data:)", body)
+
+
+def test_a_change_stands_first(tmp_path: Path) -> None:
+    recorded, fresh = tmp_path / "data", tmp_path / "runs"
+    runs.record(run(), recorded)
+    runs.save(run(stale=2, at="2026-02-01"), fresh)
+    words = page(verdicts.front(judged(recorded, STALE, fresh=fresh), {}))
+    assert "CHANGED This kernel decides otherwise" in words and "1.1: not so on 6.18.1" in words
 
 
 # ------------------------------------------------------------------------------ the real ledger
