@@ -7,7 +7,7 @@ ENTER := provision/enter.sh
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report test lint lab bench-kernel doctor list verdicts clean
+.PHONY: help setup report test lint lab bench-kernel bench-sync doctor list verdicts clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -31,6 +31,9 @@ lab: setup ## JupyterLab on 127.0.0.1, with a new token
 
 bench-kernel: setup ## the kernel room's figures against their bars; exit status 0 if all hold
 	@$(ENTER) $(PYTHON) -m labkit.bench_kernel --profile $(PROFILE)
+
+bench-sync: setup ## the strategies' own speed against its bars; exit status 0 if all hold
+	@$(ENTER) $(PYTHON) -m labkit.bench_sync --profile $(PROFILE)
 
 doctor: setup ## what this kernel can do, by trying
 	@$(ENTER) $(PYTHON) -m labkit doctor

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
-// A writer that cooperates: it changes a map by a script, one operation a run, and emits each change
-// from the same run. Map, ring and counters are made by others and named by their descriptors.
+// A writer that cooperates: it changes a map by a script, what is due and BURST operations a run at
+// most, and emits each change from the same run. Map, ring and counters are made by others and
+// named by their descriptors.
 
 struct value {
 	u64 word[VALUE_WORDS];  // each one is the version: a torn value shows
@@ -64,17 +65,15 @@ static inline s32 write_locked(u64 *key, struct value *value, u64 *version)
 
 BPF_PERCPU_ARRAY(scratch, struct value, 1);  // 1024 bytes are too many for a program's stack
 
-int write_next(void *ctx)
+// One operation, if it is due; answers whether it was.
+static inline int write_one(struct control *control, struct value *value)
 {
-	int zero = 0;
-	struct control *control = bpf_map_lookup_elem_(CONTROL, &zero);
-	struct value *value = scratch.lookup(&zero);
 	struct operation *op;
 	u64 now, version, key;
 	u32 at;
 	s32 outcome;
 
-	if (!control || !value || control->done >= control->limit)
+	if (control->done >= control->limit)
 		return 0;
 	at = control->at;
 	op = bpf_map_lookup_elem_(SCRIPT, &at);
@@ -110,5 +109,19 @@ int write_next(void *ctx)
 		control->round++;
 	}
 	control->done++;
+	return 1;
+}
+
+int write_next(void *ctx)
+{
+	int zero = 0;
+	struct control *control = bpf_map_lookup_elem_(CONTROL, &zero);
+	struct value *value = scratch.lookup(&zero);
+
+	if (!control || !value)
+		return 0;
+	for (int i = 0; i < BURST; i++)
+		if (!write_one(control, value))
+			break;
 	return 0;
 }

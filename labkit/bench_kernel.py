@@ -1,14 +1,10 @@
 """The kernel room's figures against their bars: ``python -m labkit.bench_kernel``.
 
-Everything that is compared runs in turns within one run, in another order at every
-repetition, so that other load on the machine meets all alike; what counts are the ratios.
-The run is saved, loaded again and judged (:mod:`labkit.analysis.findings.bench_kernel`):
-one line per figure, exit status 0 only where every bar holds.
+How it is run and judged: :mod:`labkit.bench` and :mod:`labkit.analysis.findings.bench_kernel`.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import os
 import subprocess
@@ -16,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -26,18 +22,18 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from labkit.analysis import runs
+from labkit import bench
 from labkit.analysis.findings import bench_kernel as findings
 from labkit.analysis.runs import Run, Triad
 from labkit.analysis.statistics import percentiles
-from labkit.errors import BadInput, LabError, TimedOut, Unavailable
+from labkit.errors import LabError, TimedOut, Unavailable
+from labkit.failures.experiment import say
 from labkit.kernel import probe, programs
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, cpus, die_with_parent, shared_array
 from labkit.kernel.provenance import provenance, usage, usage_since
 from labkit.kernel.ringbuf import RingReader, slot_bytes, wakeup_constants
-from labkit.measure import RUNS, check_writable
 
 EVENT: Final = np.dtype(
     [("seq", "u8"), ("intended_ns", "u8"), ("committed_ns", "u8"), ("value", "u8")]
@@ -66,11 +62,6 @@ _LIVE_EVENTS: Final = 1_000_000
 _QUIET_S: Final = 0.0005
 _BUILD_S: Final = 60.0
 _ANSWER_S: Final = 120.0
-
-
-def say(words: str) -> None:
-    """One line of progress on standard error."""
-    print(words, file=sys.stderr, flush=True)
 
 
 # -- producing ---------------------------------------------------------------------------
@@ -437,14 +428,6 @@ def _compiled(source: Path) -> int:
 # -- measuring ---------------------------------------------------------------------------
 
 
-def _in_turns(things: Sequence[Any], rounds: int) -> Iterator[tuple[int, Any]]:
-    """Every thing once a round, each round in another order."""
-    rng = np.random.default_rng(0)
-    for turn in range(rounds):
-        for i in rng.permutation(len(things)):
-            yield turn, things[i]
-
-
 def drain(ring_bytes: int, rounds: int) -> pd.DataFrame:
     """Time how long each consumer takes to empty a full ring.
 
@@ -476,7 +459,7 @@ def drain(ring_bytes: int, rounds: int) -> pd.DataFrame:
         for consumer in consumers:
             opened.callback(consumer.close)
         full = ring_bytes // slot_bytes(EVENT.itemsize) - 1
-        for turn, consumer in _in_turns(consumers, rounds + 1):
+        for turn, consumer in bench.in_turns(consumers, rounds + 1):
             if consumer is consumers[0]:
                 say(f"drain: round {turn} of {rounds}" if turn else "drain: warming up")
             before = consumer.producer.counts()
@@ -525,7 +508,7 @@ def live(ring_bytes: int, events: int, rounds: int, producer_cpu: int) -> pd.Dat
         lambda: ByBccCast(ring_bytes),
         lambda: ByLibbpf(ring_bytes, here),
     ]
-    for turn, make in _in_turns(makers, rounds):
+    for turn, make in bench.in_turns(makers, rounds):
         consumer = make()
         try:
             say(f"live: round {turn + 1} of {rounds}, {consumer.name}")
@@ -542,8 +525,11 @@ def live(ring_bytes: int, events: int, rounds: int, producer_cpu: int) -> pd.Dat
                 finally:
                     ended[0] = 1
 
+            def has_ended(ended: npt.NDArray[Any] = ended) -> bool:
+                return bool(ended[0])
+
             with Child(produce, cpu=producer_cpu) as child:
-                took = consumer.follow(lambda ended=ended: bool(ended[0]))
+                took = consumer.follow(has_ended)
                 counts, produce_ns = child.result(_ANSWER_S)
         finally:
             consumer.close()
@@ -644,7 +630,7 @@ def latency(rounds: int, seconds: float, producer_cpu: int) -> tuple[pd.DataFram
             rings[policy.name] = opened.enter_context(RingReader(ring, EVENT)), producer
         pairs = [(policy, rate) for policy in POLICIES for rate in RATES]
         cells = {(policy.name, rate): _Cell() for policy, rate in pairs}
-        for done, (turn, (policy, rate)) in enumerate(_in_turns(pairs, rounds)):
+        for done, (turn, (policy, rate)) in enumerate(bench.in_turns(pairs, rounds)):
             if done % len(RATES) == 0:
                 left = (len(pairs) * rounds - done) * (seconds + 0.1)
                 say(f"latency: {done} of {len(pairs) * rounds} measured, {left:.0f} s to go")
@@ -777,7 +763,7 @@ def maps(entries: int, rounds: int) -> pd.DataFrame:
         }
         rows: list[tuple[str, int, int, int]] = []
         ours.update_many(keys, values)
-        for turn, way in _in_turns([*reads, *writes], rounds + 1):
+        for turn, way in bench.in_turns([*reads, *writes], rounds + 1):
             if way == "snapshot()":
                 say(f"maps: round {turn} of {rounds}" if turn else "maps: warming up")
             if way in reads:
@@ -827,7 +813,7 @@ def measure(profile: str) -> Run:
     facts, ticks, begun = provenance(), usage(), time.monotonic()
     reader_cpu, producer_cpu = cpus()[:2]
     os.sched_setaffinity(0, {reader_cpu})
-    facts["nice"] = _ahead_of_others()
+    facts["nice"] = bench.ahead_of_all()
     drained = drain(parameters["ring_bytes"], parameters["drains"])
     followed = live(
         parameters["ring_bytes"], parameters["live_events"], parameters["lives"], producer_cpu
@@ -856,66 +842,16 @@ def measure(profile: str) -> Run:
     return Run(findings.EXPERIMENT, profile, parameters, facts, tables)
 
 
-def _ahead_of_others() -> int:
-    """Raise the priority of this process and those that it makes; the nice value reached.
-
-    Producer, our reader, bcc and the C program share it. Without it, another busy process keeps
-    a reader from its CPU for longer than any ring lasts, and that loss is not the reader's.
-    """
-    with suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, 0, -20)
-    # Where the kernel groups processes by session, a nice value counts within the group only, and
-    # the group has one of its own: sched(7), "The autogroup feature".
-    with suppress(OSError):
-        os.setsid()
-        Path("/proc/self/autogroup").write_text("-20")
-    return os.getpriority(os.PRIO_PROCESS, 0)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, save, load again, judge and print; the exit status.
-
-    Parameters
-    ----------
-    arguments : sequence of str, optional
-        By default those of the process.
-
-    Returns
-    -------
-    int
-        0 every bar holds; 1 one falls short, or measuring failed; 2 this machine lacks
-        what is needed; 130 after Ctrl-C.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m labkit.bench_kernel", description="The kernel room against its bars."
+    """Measure, save, load again, judge and print; the exit status of `labkit.bench.main`."""
+    return bench.main(
+        "labkit.bench_kernel",
+        "The kernel room against its bars.",
+        measure,
+        findings.figures,
+        TIME_LIMIT_S,
+        arguments,
     )
-    parser.add_argument("--profile", default="quick", choices=tuple(PROFILES))
-    parser.add_argument("--folder", type=Path, default=RUNS, help="folder of runs")
-    parser.add_argument(
-        "--record", action="store_true", help="keep the run in data/runs as this kernel's"
-    )
-    chosen = parser.parse_args(arguments)
-    try:
-        check_writable(chosen.folder)
-        # In a child: bounded in time, and what it holds in the kernel goes with it.
-        with Child(lambda: measure(chosen.profile)) as worker:
-            run = worker.result(TIME_LIMIT_S[chosen.profile])
-        run = runs.load(runs.save(run, chosen.folder))
-        for figure in findings.figures(run):
-            print(figure)
-        holds = findings.bench_kernel(run).holds
-        print(f"saved as {run.path}")
-        if chosen.record and holds:
-            print(f"recorded as {runs.record(run)}")
-        elif chosen.record:
-            print("not recorded: a bar falls short", file=sys.stderr)
-        return 0 if holds else 1
-    except LabError as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, BadInput | Unavailable) else 1
-    except KeyboardInterrupt:
-        print("\nInterrupted; what was running has been removed.", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from labkit.sync.strategy import Stats, Strategy
 
 _LEAD_NS = 3_000_000  # from the writer's word that it stands ready to its first write
 _SETTLE_S = 10.0
+_FLOOR_CALLS = 2_000
 _QUIET_S = 0.015  # longer than the poll intervals and timers of the strategies that are compared
 
 WRITERS = ("program", "process")
@@ -88,6 +89,8 @@ class Load:
         The longest run that will be ordered.
     ring_bytes : int
         Size of the ring; a power of two and whole pages.
+    channel : Channel, optional
+        Use this one, which stays the caller's, instead of a ring of ``ring_bytes``.
 
     Raises
     ------
@@ -104,6 +107,7 @@ class Load:
         keys: int,
         most_operations: int,
         ring_bytes: int,
+        channel: Channel | None = None,
     ) -> None:
         if value_bytes % 8 or not 8 <= value_bytes <= 1024:
             raise BadInput(f"A value has 8 to 1024 bytes, whole words, not {value_bytes}.")
@@ -117,7 +121,7 @@ class Load:
             self.table = self._open.enter_context(
                 Map.create(MapKind.HASH, key="u8", value=value, max_entries=keys, name="followed")
             )
-            self.channel = self._open.enter_context(Channel.create(ring_bytes))
+            self.channel = channel or self._open.enter_context(Channel.create(ring_bytes))
             rounds = -(-most_operations // keys)
             self._writer = self._open.enter_context(
                 EventWriter(
@@ -325,6 +329,21 @@ def write_by_calls(
         after[i] = clock()
     times[:, 0], times[:, 1] = before, after
     progress[0] = len(order)
+
+
+def since(later: npt.NDArray[np.uint64], earlier: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Nanoseconds from one moment to another one, which may be before it."""
+    return later.astype(np.int64) - earlier.astype(np.int64)
+
+
+def median_ns(call: Callable[[], object]) -> float:
+    """What a call takes with a look at the clock on both sides: the harness's floor for it, ns."""
+    clock, taken = time.monotonic_ns, []
+    for _ in range(_FLOOR_CALLS):
+        begun = clock()
+        call()
+        taken.append(clock() - begun)
+    return float(np.median(taken))
 
 
 def _await(ready: Callable[[], bool], child: Child) -> None:

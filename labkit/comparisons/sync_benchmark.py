@@ -21,11 +21,10 @@ from labkit.sync.poll import Poll
 from labkit.sync.ring_events import Channel, RingEvents
 from labkit.sync.strategy import Strategy
 from labkit.sync.trace_hook import TraceHook
-from labkit.workload import Load, Trace, write_by_calls
+from labkit.workload import Load, Trace, median_ns, since, write_by_calls
 
 _TAIL_POINTS = 60
 _ROWS_KEPT = 1_200  # of the history of a cell
-_FLOOR_CALLS = 2_000
 # What decides when the follower is woken, and the timer by which it looks anyway, seconds.
 _WAKEUPS = {
     "default": (1, 0.1),
@@ -255,10 +254,6 @@ def sync_benchmark(
     }
 
 
-def _since(later: npt.NDArray[np.uint64], earlier: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    return later.astype(np.int64) - earlier.astype(np.int64)
-
-
 def _figures(trace: Trace, rate: int, warm_up_s: float) -> tuple[dict[str, object], pd.DataFrame]:
     """A row of the table, and the tail of the latencies."""
     count, stats = len(trace), trace.stats
@@ -266,10 +261,10 @@ def _figures(trace: Trace, rate: int, warm_up_s: float) -> tuple[dict[str, objec
     judged = np.arange(count) >= min(warm_up_s * rate, count // 5)
     seen = trace.seen_ns > 0
     kept = judged & seen
-    latency = np.sort(_since(trace.seen_ns, trace.intended_ns)[kept])
+    latency = np.sort(since(trace.seen_ns, trace.intended_ns)[kept])
     # A poll may read an update before the call that made it has returned.
-    after = np.maximum(0, _since(trace.seen_ns, trace.end_ns)[kept])
-    late = np.maximum(0, _since(trace.start_ns, trace.intended_ns)[judged])
+    after = np.maximum(0, since(trace.seen_ns, trace.end_ns)[kept])
+    late = np.maximum(0, since(trace.start_ns, trace.intended_ns)[judged])
     of = percentiles(latency)
     span = int(trace.end_ns.max()) - int(trace.start_ns.min())
     row: dict[str, object] = {
@@ -293,7 +288,7 @@ def _figures(trace: Trace, rate: int, warm_up_s: float) -> tuple[dict[str, objec
         "late_p50_ns": float(np.median(late)),
         "late_p99_ns": float(np.percentile(late, 99)),
         "achieved": (count - 1) / span * 1e9,
-        "writer_ns": float(np.median(_since(trace.end_ns, trace.start_ns))),
+        "writer_ns": float(np.median(since(trace.end_ns, trace.start_ns))),
         "follower_cpu": trace.follower_cpu_ns / trace.follower_wall_ns,
         "follower_ns": trace.follower_cpu_ns / count,
         "map_bytes": trace.map_bytes,
@@ -314,7 +309,7 @@ def _history(trace: Trace) -> pd.DataFrame:
         {
             "key": trace.key[kept].astype(np.uint16),
             "version": (trace.version[kept] - trace.version.min() + 1).astype(np.uint32),
-            **{name: _since(getattr(trace, name)[kept], start) for name in names},
+            **{name: since(getattr(trace, name)[kept], start) for name in names},
         }
     )
 
@@ -331,7 +326,7 @@ def _floor(ring_bytes: int) -> list[dict[str, object]]:
         events.attach(table)
         poll.attach(table)
         rows: list[dict[str, object]] = [
-            {"what": what, "ns": _median_ns(call)}
+            {"what": what, "ns": median_ns(call)}
             for what, call in (
                 ("empty call", lambda: None),
                 ("poll of an empty ring", lambda: events.poll(0)),
@@ -345,15 +340,6 @@ def _floor(ring_bytes: int) -> list[dict[str, object]]:
         apart = (time.monotonic_ns() - begun) / len(order)
         rows.append({"what": "write by a process, unpaced", "ns": apart})
         return rows
-
-
-def _median_ns(call: Callable[[], object]) -> float:
-    clock, taken = time.monotonic_ns, []
-    for _ in range(_FLOOR_CALLS):
-        begun = clock()
-        call()
-        taken.append(clock() - begun)
-    return float(np.median(taken))
 
 
 def _counts(cells: pd.DataFrame, rates: list[int], size: int) -> pd.DataFrame:

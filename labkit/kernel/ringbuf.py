@@ -461,10 +461,15 @@ class RingReader:
             if len(batch):
                 yield batch
 
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes that stand in the ring, headers included."""
+        self._check_open()
+        return int(self._producer_position[0]) - int(self._consumer_position[0])
+
     def stats(self) -> RingStats:
         """What was read so far, and how full the ring is now."""
-        self._check_open()
-        unread = int(self._producer_position[0]) - int(self._consumer_position[0])
+        unread = self.unread_bytes
         return RingStats(
             consumed=self._consumed,
             discarded=self._discarded,

@@ -51,6 +51,7 @@ CONTROL = np.dtype(
 )
 """``struct control`` of bpf/event_writer.bpf.c."""
 
+_BURST = 8  # operations of one program run at most
 _RUNS = 2_000  # program runs between two looks at the clock: some 0.1 ms
 _LATE_NS = 10_000_000_000
 
@@ -133,7 +134,7 @@ class EventWriter:
                 f"The channel counts for {channel.counts.max_entries} programs: number {program} "
                 "is none of them."
             )
-        constants = wakeup_constants(wakeup, wakeup_at)
+        constants = {**wakeup_constants(wakeup, wakeup_at), "BURST": _BURST}
         if locked:
             constants["LOCKED"] = 1
         self._open = ExitStack()
@@ -202,7 +203,7 @@ class EventWriter:
         deadline = max(time.monotonic_ns(), int(control["start_ns"]) + due_ns) + _LATE_NS
         while self.done < control["limit"]:
             scheduled = bool(self.script["due_ns"][int(control["at"])])
-            self._function.test_run(repeat=_RUNS if scheduled else operations)
+            self._function.test_run(repeat=_RUNS if scheduled else -(-operations // _BURST))
             if time.monotonic_ns() > deadline:
                 raise TimedOut("The writer fell ten seconds behind: the machine is overloaded.")
 

@@ -22,6 +22,9 @@ COUNTS = np.dtype([("emitted", "u8"), ("dropped", "u8")])
 """``struct change_counts`` of bpf/change_event.h: what one program did on one CPU."""
 
 _NEVER = float("inf")
+# Where program and CPU stand in an event, as words of 8 bytes (the byte before them is the kind).
+_WHO_AT = 3
+_WHO = np.uint64(0xFFFF_FF00)
 MOST_EVENTS = 65_536
 """Events that are read and applied at once, at most."""
 
@@ -191,16 +194,18 @@ class RingEvents(Strategy):
         self._change = change_dtype(table.key_dtype, table.value_dtype)
         self._slot = slot_bytes(self._event.itemsize)
         counts = self._channel.counts
-        self._buffers: list[npt.NDArray[np.uint64]] = []
-        self._looks: list[Callable[[], int]] = []
-        for program in range(counts.max_entries):
-            buffer = counts.value_buffer()
-            self._looks.append(counts.reader(program, buffer))
-            self._buffers.append(buffer.view(np.uint64).reshape(-1, 2))
+        one = counts.value_buffer().nbytes
+        buffer = np.zeros(counts.max_entries * one, np.uint8)
+        self._looks: list[Callable[[], int]] = [
+            counts.reader(program, buffer[program * one : (program + 1) * one])
+            for program in range(counts.max_entries)
+        ]
+        self._counts = buffer.view(np.int64).reshape(-1, 2)  # of each program, each CPU
+        self._drops, self._drops_were, self._drops_in_all = self._counts[:, 1], b"", 0
         # Counters first, ring second: what is counted by now and still unread shows itself by a
         # smaller number (see _number).
         self._produced_before, self._dropped_before = self._count()
-        self._dropped_seen = int(self._dropped_before.sum())
+        self._dropped_seen = self._dropped()
         self._expected = np.full(len(self._produced_before), -1, np.int64)
         self._reader = RingReader(self._channel.ring, self._event, batch=1)
 
@@ -213,19 +218,30 @@ class RingEvents(Strategy):
         """Changes produced and dropped so far by each source: a program on a CPU."""
         for look in self._looks:
             look()
-        both = np.concatenate(self._buffers).astype(np.int64)
-        return both.sum(axis=1), both[:, 1]
+        return self._counts.sum(axis=1), self._drops.copy()
+
+    def _dropped(self) -> int:
+        """Changes dropped so far by all together: asked after every read, so at the least cost."""
+        for look in self._looks:
+            look()
+        drops = self._drops.tobytes()
+        if drops != self._drops_were:
+            self._drops_were, self._drops_in_all = drops, int(self._drops.sum())
+        return self._drops_in_all
 
     def _number(self, events: npt.NDArray[Any]) -> bool:
         """Follow the numbers of each source; answers whether one is missing."""
-        cpus = len(self._buffers[0])
-        source = events["program"].astype(np.int64) * cpus + events["cpu"]
-        seq = events["seq"].astype(np.int64)
-        if (source == source[0]).all():
-            return self._number_one(int(source[0]), seq, events["dropped"])
+        words = events.view(np.uint64).reshape(len(events), -1)
+        who = words[:, _WHO_AT] & _WHO
+        seq = words[:, 0].view(np.int64)
+        cpus = len(self._counts) // len(self._looks)
+        if (who == who[0]).all():
+            source = int(events["program"][0]) * cpus + int(events["cpu"][0])
+            return self._number_one(source, seq, events["dropped"])
+        source_of = events["program"].astype(np.int64) * cpus + events["cpu"]
         gap = False
-        for one in np.unique(source).tolist():
-            here = source == one
+        for one in np.unique(source_of).tolist():
+            here = source_of == one
             gap |= self._number_one(one, seq[here], events["dropped"][here])
         return gap
 
@@ -242,7 +258,7 @@ class RingEvents(Strategy):
                 self._dropped_before[source] = known - (known - int(dropped[0])) % (1 << 32)
                 self._produced_before[source] = expected = first
         self._expected[source] = int(seq[-1]) + 1
-        return first != expected or bool((np.diff(seq) != 1).any())
+        return first != expected or bool((seq[1:] != seq[:-1] + 1).any())
 
     # -- following ---------------------------------------------------------------------------
 
@@ -262,20 +278,27 @@ class RingEvents(Strategy):
     def _take(self) -> Changes:
         """Read the ring into the replica, and see whether anything is missing."""
         assert self._reader is not None
-        unread = self._reader.stats().unread_bytes
+        unread = self._reader.unread_bytes
         if not unread:
             news = self._nothing()
             lost = False
         else:
-            room = min(unread // self._slot + 1, MOST_EVENTS)
-            events = self._reader.read(np.empty(room, self._event))
+            events = self._read(min(unread // self._slot + 1, MOST_EVENTS))
             lost = bool(len(events)) and self._number(events)
             news = self._apply(events.view(self._change))
-        dropped = int(self._count()[1].sum())
+        dropped = self._dropped()
         if lost or dropped > self._dropped_seen:
             self._dropped_seen = dropped
             self._resync_at = min(self._resync_at, max(time.monotonic(), self._resync_from))
         return news
+
+    def _read(self, room: int) -> npt.NDArray[Any]:
+        """Take so many events from the ring at most; the array is the caller's."""
+        assert self._reader is not None
+        return self._reader.read(np.empty(room, self._event))
+
+    def _nothing(self) -> Changes:
+        return np.zeros(0, self._change)
 
     def _pull_at(self) -> float:
         """When the map is to be read whole, by time.monotonic."""

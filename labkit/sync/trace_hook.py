@@ -393,6 +393,9 @@ class TraceHook(RingEvents):
             dropped[0] += missed
         return produced, dropped
 
+    def _dropped(self) -> int:
+        return super()._dropped() + (0 if self._hooks is None else self._hooks.missed())
+
     def _resync(self) -> Changes:
         started_ns = time.monotonic_ns()
         snapshot = self.table.snapshot()
@@ -413,7 +416,7 @@ class TraceHook(RingEvents):
 
     def _take_all(self) -> list[Changes]:
         assert self._reader is not None
-        unread = self._reader.stats().unread_bytes
+        unread = self._reader.unread_bytes
         news = []
         while unread > 0:
             news.append(self._take())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
 
 import pandas as pd
 
-from labkit.analysis.findings import Check, Finding, judges
+from labkit.analysis.bars import Figure, at_least, checks, short, spread
+from labkit.analysis.findings import Finding, judges
 from labkit.analysis.runs import BadRun, Run
 
 EXPERIMENT: Final = "bench-kernel"
@@ -25,40 +25,6 @@ LIVE_EVENTS: Final = 20_000_000
 SNAPSHOT_ITEMS: Final = 20.0
 SNAPSHOT_BATCH: Final = 1.0
 UPDATE_MANY: Final = 6.0
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One line of the benchmark.
-
-    Attributes
-    ----------
-    name
-        What was measured.
-    value
-        The median over the repetitions, or the only value.
-    unit
-        Of the value.
-    low, high
-        Least and greatest repetition; NaN for an only value.
-    bar
-        What it is held against, as words; empty where there is none.
-    holds
-        Whether the bar is reached; None where there is none.
-    """
-
-    name: str
-    value: float
-    unit: str
-    low: float = math.nan
-    high: float = math.nan
-    bar: str = ""
-    holds: bool | None = None
-
-    def __str__(self) -> str:
-        spread = "" if math.isnan(self.low) else f" ({_short(self.low)} to {_short(self.high)})"
-        verdict = "no bar" if self.holds is None else f"bar {self.bar}, {_word(self.holds)}"
-        return f"{self.name}: {_short(self.value)} {self.unit}{spread}, {verdict}"
 
 
 def figures(run: Run) -> list[Figure]:
@@ -87,17 +53,10 @@ def bench_kernel(run: Run) -> Finding:
     against_bcc = barred[0]
     return Finding(
         EXPERIMENT,
-        f"A filled ring was drained into NumPy {_short(against_bcc.value)} times as fast as by "
+        f"A filled ring was drained into NumPy {short(against_bcc.value)} times as fast as by "
         f"bcc's callback, and of {lost.operations:,} events at full speed {lost.anomalies:,} "
         f"were lost, where bcc lost {100 * run.count('broken').rate:.0f} %.",
-        tuple(
-            Check(
-                f"{one.name}, {one.bar}",
-                bool(one.holds),
-                f"{_short(one.value)} {one.unit}",
-            )
-            for one in barred
-        ),
+        checks(every),
     )
 
 
@@ -115,16 +74,16 @@ def _drain(run: Run) -> Iterator[Figure]:
     rate = _per_second(table, "consumer", "events")
     ours = rate[OURS]
     bcc = rate[list(BCC)].max(axis=1)
-    yield _at_least("drain against bcc's own callback", ours / bcc, DRAIN_BCC)
-    yield _at_least("drain against libbpf's consumer in C", ours / rate[LIBBPF], DRAIN_LIBBPF)
-    yield _spread("drain against bcc's empty callback", ours / rate["bcc, empty callback"], "times")
-    yield _spread(
+    yield at_least("drain against bcc's own callback", ours / bcc, DRAIN_BCC)
+    yield at_least("drain against libbpf's consumer in C", ours / rate[LIBBPF], DRAIN_LIBBPF)
+    yield spread("drain against bcc's empty callback", ours / rate["bcc, empty callback"], "times")
+    yield spread(
         "drain and add a field, against libbpf in C",
         rate[f"{OURS}, adding a field"] / rate[LIBBPF],
         "times",
     )
     for name in rate:
-        yield _spread(f"drain, {name}", rate[name] / 1e6, "M events/s")
+        yield spread(f"drain, {name}", rate[name] / 1e6, "M events/s")
 
 
 def _live(run: Run) -> Iterator[Figure]:
@@ -142,17 +101,17 @@ def _live(run: Run) -> Iterator[Figure]:
             )
         else:
             share = 100 * rows["dropped"] / rows["produced"]
-            yield _spread(f"live, {name}, lost of {produced:,}", share, "%")
+            yield spread(f"live, {name}, lost of {produced:,}", share, "%")
         speed = 1e3 * rows["produced"] / rows["produce_ns"]
-        yield _spread(f"live, {name}, speed of the producer", speed, "M events/s")
+        yield spread(f"live, {name}, speed of the producer", speed, "M events/s")
 
 
 def _maps(run: Run) -> Iterator[Figure]:
     table = run.table("maps")
     rate = _per_second(table, "way", "entries")
     snapshot = rate["snapshot()"]
-    yield _at_least("snapshot() against bcc's items()", snapshot / rate["items()"], SNAPSHOT_ITEMS)
-    yield _at_least(
+    yield at_least("snapshot() against bcc's items()", snapshot / rate["items()"], SNAPSHOT_ITEMS)
+    yield at_least(
         "snapshot() against bcc's items_lookup_batch()",
         snapshot / rate["items_lookup_batch()"],
         SNAPSHOT_BATCH,
@@ -167,14 +126,14 @@ def _maps(run: Run) -> Iterator[Figure]:
         "entries",
     )
     ours = both["update_many()"]
-    yield _at_least("update_many() against bcc's t[k] = v", ours / both["t[k] = v"], UPDATE_MANY)
-    yield _spread(
+    yield at_least("update_many() against bcc's t[k] = v", ours / both["t[k] = v"], UPDATE_MANY)
+    yield spread(
         "update_many() against t[k] = v with its ctypes objects made before",
         ours / both["t[k] = v, objects ready"],
         "times",
     )
     for name in rate:
-        yield _spread(f"whole map, {name}", rate[name] / 1e6, "M entries/s")
+        yield spread(f"whole map, {name}", rate[name] / 1e6, "M entries/s")
 
 
 def _latency(run: Run) -> Iterator[Figure]:
@@ -201,30 +160,3 @@ def _per_second(table: pd.DataFrame, by: str, what: str) -> pd.DataFrame:
     """One row per repetition, one column per way: things per second."""
     rate = table.assign(rate=1e9 * table[what] / table["ns"])
     return rate.pivot(index="repetition", columns=by, values="rate")
-
-
-def _spread(name: str, values: pd.Series[float], unit: str) -> Figure:
-    return Figure(name, float(values.median()), unit, float(values.min()), float(values.max()))
-
-
-def _at_least(name: str, ratios: pd.Series[float], bar: float) -> Figure:
-    median = float(ratios.median())
-    return Figure(
-        name,
-        median,
-        "times",
-        float(ratios.min()),
-        float(ratios.max()),
-        f"at least {bar:g}",
-        median >= bar,
-    )
-
-
-def _short(value: float) -> str:
-    if value == 0 or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
-def _word(holds: bool) -> str:
-    return "holds" if holds else "falls short"

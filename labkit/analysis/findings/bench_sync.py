@@ -1,0 +1,158 @@
+"""Judges the benchmark of the strategies' own speed: every figure, and the bars of some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import pandas as pd
+
+from labkit.analysis.bars import Figure, at_least, at_most, checks, short, spread
+from labkit.analysis.findings import Finding, judges
+from labkit.analysis.runs import BadRun, Run
+
+EXPERIMENT: Final = "bench-sync"
+
+EVENTS: Final = "events, gathered 0.3 ms"
+POLL: Final = "poll 10 ms"
+OURS: Final = "RingReader"
+BCC: Final = ("bcc, event(data)", "bcc, ctypes cast", "bcc, bytes copied")
+"""What bcc's callback does for an event. The first two reach its fields; the last one keeps the
+bytes, so that NumPy makes a batch of them as `RingReader` does: the least a callback can do."""
+READ: Final = "the map read by batch"
+BOOTSTRAP: Final = "bootstrap of a replica"
+APPLY: Final = "changes of random keys applied"
+CLOCK: Final = "an empty call"
+EMPTY_POLL: Final = "a poll of events that finds none"
+
+P99_SHARE: Final = 0.1
+FOLLOWER_CPU: Final = 60.0
+AGAINST_BCC: Final = 10.0
+BOOTSTRAP_COST: Final = 2.0
+APPLIED: Final = 1_000_000.0
+FLOOR: Final = 5.0
+
+
+def figures(run: Run) -> list[Figure]:
+    """Every figure of a run.
+
+    Parameters
+    ----------
+    run
+        A run of the benchmark.
+
+    Returns
+    -------
+    list of Figure
+        Ratios are taken within each repetition, and their median is held against the bar.
+    """
+    return [*_path(run), *_sustained(run), *_replica(run), *_floor(run)]
+
+
+@judges(EXPERIMENT)
+def bench_sync(run: Run) -> Finding:
+    """Every bar of the strategies' own speed holds."""
+    _check_counts(run)
+    every = figures(run)
+    barred = {one.name: one for one in every if one.holds is not None}
+    sooner, faster = barred["p99 of events, of that of the 10 ms poll"], _against(run)
+    return Finding(
+        EXPERIMENT,
+        f"At {_rate(run):,} changes/s the p99 of events was {short(sooner.value)} of that of a "
+        f"10 ms poll. Without a drop the follower sustained {short(faster)} times the rate that "
+        "it does on bcc's callback.",
+        checks(every),
+    )
+
+
+def _check_counts(run: Run) -> None:
+    """Refuse a run whose counts are not those of its table."""
+    path = run.table("path")
+    for variant, name in (("broken", POLL), ("fixed", EVENTS)):
+        rows = path[path["strategy"] == name]
+        missing = int((rows["operations"] - rows["delivered"]).clip(lower=0).sum())
+        count = run.count(variant, name)
+        if (count.operations, count.anomalies) != (int(rows["operations"].sum()), missing):
+            raise BadRun(f"The counts of {name} are not those of the run's table path.")
+
+
+def _rate(run: Run) -> int:
+    return int(str(run.parameters["rate"]))
+
+
+def _path(run: Run) -> Iterator[Figure]:
+    path = run.table("path")
+    by = path.pivot(index="repetition", columns="strategy")
+    events = path[path["strategy"] == EVENTS]
+    dropped, produced = int(events["dropped"].sum()), int(events["operations"].sum())
+    yield Figure(
+        f"events at {_rate(run):,} changes/s, dropped of {produced:,}", dropped, "changes",
+        bar="0", holds=dropped == 0,
+    )  # fmt: skip
+    p99 = by["p99_ns"]
+    yield at_most("p99 of events, of that of the 10 ms poll", p99[EVENTS] / p99[POLL], P99_SHARE)
+    yield at_most(
+        "follower of events, of one CPU", 100 * by["follower_cpu"][EVENTS], FOLLOWER_CPU, "%"
+    )
+    for name in (EVENTS, POLL):
+        yield spread(f"{name}, p50", by["p50_ns"][name] / 1e3, "us")
+        yield spread(f"{name}, p99", p99[name] / 1e3, "us")
+        yield spread(f"{name}, writer late, p99", by["late_p99_ns"][name] / 1e3, "us")
+    yield spread(f"follower of the {POLL}, of one CPU", 100 * by["follower_cpu"][POLL], "%")
+
+
+def _sustained(run: Run) -> Iterator[Figure]:
+    table = run.table("sustained")
+    rate = table.pivot(index="repetition", columns="way", values="rate")
+    yield at_least(
+        "highest rate without a drop, against bcc's callback", _ratios(rate), AGAINST_BCC
+    )
+    yield spread(f"the same against {BCC[2]}", rate[OURS] / rate[BCC[2]], "times")
+    for way in (OURS, *BCC):
+        limit = table[table["way"] == way]["by_writer"].mean()
+        words = ", where the writer ends" if limit > 0.5 else ""
+        yield spread(f"highest rate without a drop{words}, {way}", rate[way] / 1e6, "M changes/s")
+
+
+def _ratios(rate: pd.DataFrame) -> pd.Series[float]:
+    """Ours to the faster of the callbacks that reach the fields."""
+    ratios: pd.Series[float] = rate[OURS] / rate[list(BCC[:2])].max(axis=1)
+    return ratios
+
+
+def _against(run: Run) -> float:
+    rate = run.table("sustained").pivot(index="repetition", columns="way", values="rate")
+    return float(_ratios(rate).median())
+
+
+def _replica(run: Run) -> Iterator[Figure]:
+    table = run.table("replica")
+    took = table.pivot(index="repetition", columns="way", values="ns")
+    keys = int(str(run.parameters["replica_keys"]))
+    yield at_most(
+        f"bootstrap of a replica of {keys:,} keys, of the cost of reading the map",
+        took[BOOTSTRAP] / took[READ],
+        BOOTSTRAP_COST,
+    )
+    applied = table[table["way"] == APPLY]
+    yield at_least(
+        f"{APPLY} to a replica of {keys:,}",
+        1e9 * applied["things"] / applied["ns"], APPLIED, "changes/s",
+    )  # fmt: skip
+    for way in (READ, BOOTSTRAP):
+        yield spread(f"{way}, {keys:,} keys", took[way] / 1e6, "ms")
+
+
+def _floor(run: Run) -> Iterator[Figure]:
+    path = run.table("path")
+    floor = run.table("floor").pivot(index="repetition", columns="what", values="ns")
+    p50 = path.pivot(index="repetition", columns="strategy", values="p50_ns")
+    yield at_most(
+        "harness floor, of the smallest latency compared",
+        100 * floor.max(axis=1) / p50.min(axis=1), FLOOR, "%",
+    )  # fmt: skip
+    for what in (CLOCK, EMPTY_POLL):
+        yield spread(what, floor[what], "ns")
+    for name in (EVENTS, POLL):
+        late = path[path["strategy"] == name]["late_p50_ns"]
+        yield spread(f"writer late, p50, {name}", late, "ns")

@@ -1,0 +1,64 @@
+"""The measurements of the strategies' own speed, in small: accounts add up, ratios point right."""
+
+from __future__ import annotations
+
+import pytest
+
+from labkit import bench_sync
+from labkit.analysis.findings.bench_sync import (
+    APPLY,
+    BCC,
+    BOOTSTRAP,
+    CLOCK,
+    EMPTY_POLL,
+    EVENTS,
+    OURS,
+    POLL,
+    READ,
+)  # fmt: skip
+from labkit.workload import Load
+
+pytestmark = pytest.mark.usefixtures("kernel")
+
+
+@pytest.mark.parametrize("way", BCC)
+def test_a_follower_on_bccs_callback_follows_as_the_strategy_does(way: str) -> None:
+    with (
+        bench_sync.CallbackRing(1 << 16, way) as ring,
+        Load(8, keys=7, most_operations=5_003, ring_bytes=1 << 16, channel=ring.channel) as load,
+    ):
+        for _ in range(2):  # one ring, followers in turns
+            with bench_sync.CallbackEvents(ring) as strategy:
+                trace = load.run(strategy, rate=20_000, seconds=1)
+            stats = trace.stats
+            assert stats.delivered + stats.dropped + stats.coalesced == stats.produced == 5_003
+            assert (trace.seen_ns > 0).all()
+
+
+def test_events_are_sooner_than_a_poll() -> None:
+    table = bench_sync.path(rate=20_000, seconds=0.2, keys=50, rounds=2)
+    assert table["strategy"].value_counts().to_dict() == {EVENTS: 2, POLL: 2}
+    assert (table["unseen"] == 0).all()
+    median = table.groupby("strategy")["p50_ns"].median()
+    assert median[EVENTS] < median[POLL]
+
+
+def test_the_search_finds_a_rate_for_every_way() -> None:
+    best, trials = bench_sync.sustained(1 << 20, rings=3, keys=50, rounds=1)
+    assert sorted(best["way"]) == sorted((OURS, *BCC))
+    assert (trials["operations"] == trials["operations"].iloc[0]).all()
+    rate = best.set_index("way")["rate"]
+    assert rate[OURS] > rate[BCC[0]]
+
+
+def test_a_large_replica_is_built_and_takes_changes() -> None:
+    table = bench_sync.replica(keys=20_000, batch=1_000, applied=5_000, rounds=2)
+    assert table.groupby("way")["things"].sum().to_dict() == {
+        READ: 40_000, BOOTSTRAP: 40_000, APPLY: 10_000,
+    }  # fmt: skip
+    assert (table["ns"] > 0).all()
+
+
+def test_the_floor_is_below_what_is_measured() -> None:
+    floor = bench_sync.floor(3).groupby("what")["ns"].median()
+    assert 0 < floor[CLOCK] < floor[EMPTY_POLL]
