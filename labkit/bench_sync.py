@@ -526,7 +526,7 @@ def measure(profile: str) -> Run:
             anomalies=int((rows["operations"] - rows["delivered"]).clip(lower=0).sum()),
         )  # fmt: skip
     facts["duration_s"] = round(time.monotonic() - begun, 3)
-    facts["during"] = usagesince(ticks)
+    facts["during"] = usage_since(ticks)
     tables = {
         "counts": triad.table(), "path": followed, "sustained": best, "trials": trials,
         "replica": copied, "floor": nothing,
