@@ -21,10 +21,12 @@ from IPython.display import DisplayHandle, display
 
 from labkit import measure as worker
 from labkit.analysis import runs
+from labkit.analysis.claims import Ledger
 from labkit.analysis.findings import Finding, FindingFailed, judge
 from labkit.analysis.runs import PROFILES, Run
 from labkit.errors import BadInput, LabError, Unavailable
 from labkit.failures.experiment import Experiment, find
+from labkit.verdicts import evaluate
 
 FINDING_MIME = "application/vnd.labkit.finding+json"
 """Output type under which the report finds what a notebook concluded; see `Outcome`."""
@@ -132,6 +134,7 @@ class Investigation:
         self._outcomes: dict[str, Outcome] = {}
         self._pending: dict[str, str] = {}  # measured, not concluded: what the kernel lacks
         self._parameters: dict[str, object] = {}  # of each experiment, as it was run
+        self._ledger: Ledger | None = None
 
     def measure(self, experiment: str) -> Run | None:
         """Run an experiment in a worker process, and load what it saved.
@@ -329,6 +332,19 @@ class Investigation:
         else:
             self._remember(outcome, html, text)
 
+    def verdicts(self) -> Ledger:
+        """Judge every claim of the article, by the recorded runs and the newest of this folder.
+
+        `assert_findings` demands that every claim is decided, and none otherwise than recorded.
+
+        Returns
+        -------
+        Ledger
+            What :mod:`labkit.verdicts` tells.
+        """
+        self._ledger = evaluate(self.runs_folder)
+        return self._ledger
+
     def doctor(self) -> None:
         """Show what this kernel can do, found out by trying."""
         from labkit.kernel import probe
@@ -355,21 +371,29 @@ class Investigation:
         ------
         FindingFailed
             Names every experiment whose finding fails, that ended in an error, or that was
-            measured and never concluded.
+            measured and never concluded; and every verdict that is not the recorded one.
         """
         bad = [f"{one.experiment}: {one.sentence}" for one in self._all("fails", "error")]
         bad += [f"{id}: measured, but never concluded" for id in self._pending]
         good = self._all("holds")
         live = sum(one.live for one in good)
         words = [f"{_number(live, 'finding')} held on this kernel"]
+        changed = []
+        if self._ledger is not None:
+            changed = self._ledger.complaints()
+            words.insert(0, f"{len(self._ledger.claims)} claims were judged")
         if len(good) > live:
             words.append(f"{_number(len(good) - live, 'recorded run')} stood in and held")
         if lacking := self._all("lacks"):
             words.append(f"{', '.join(one.experiment for one in lacking)} could not run")
-        if bad:
+        if bad or changed:
+            heads = [
+                f"{len(bad)} of {len(self._outcomes) + len(self._pending)} experiments failed"
+            ] * bool(bad)
+            heads += [f"{_number(len(changed), 'verdict')} not as recorded"] * bool(changed)
             raise FindingFailed(
-                f"{len(bad)} of {len(self._outcomes) + len(self._pending)} experiments failed "
-                f"({', '.join(words)}):\n" + "\n".join(f"- {one}" for one in bad)
+                f"{' and '.join(heads)} ({', '.join(words)}):\n"
+                + "\n".join(f"- {one}" for one in bad + changed)
             )
         summary = "; ".join(words) + "."
         _show(f"<p><b>{escape(summary)}</b></p>", summary)

@@ -228,6 +228,19 @@ def counts(ledger: Ledger) -> Told:
     return Told(html, _counts_text(ledger))
 
 
+def published(ledger: Ledger) -> Told:
+    """Tell the article's figures of chapter 5 beside ours.
+
+    Parameters
+    ----------
+    ledger : Ledger
+        From `evaluate`.
+    """
+    rows = claims.beside(ledger)
+    html = rows.to_html(index=False, border=0, na_rep="")
+    return Told(html, rows.to_string(index=False))
+
+
 def differences(ledger: Ledger) -> Told:
     """Tell side by side what came to something else on one kernel than on another.
 

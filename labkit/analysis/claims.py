@@ -19,9 +19,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+import pandas as pd
+
 from labkit.analysis import runs
-from labkit.analysis.findings import FindingFailed
-from labkit.analysis.predicates import Answer, BadPredicate, decide, figure
+from labkit.analysis.predicates import Answer, BadPredicate, decide, figure, in_words, reference
 from labkit.analysis.runs import RECORDED, BadRun, Run
 from labkit.errors import BadInput
 
@@ -263,6 +264,16 @@ class Ledger:
     verdicts: Mapping[tuple[str, str], Verdict]
     changes: tuple[Change, ...] = field(default=())
 
+    @property
+    def runs(self) -> dict[tuple[str, str], Run]:
+        """The runs that decided, by experiment and kernel series."""
+        return {
+            (one.case.experiment, kernel): one.run
+            for (_, kernel), verdict in self.verdicts.items()
+            for one in verdict.outcomes
+            if one.run is not None
+        }
+
     def of(self, claim: Claim) -> tuple[Verdict, ...]:
         """The verdicts of one claim, one for each kernel."""
         return tuple(self.verdicts[claim.id, kernel] for kernel in self.kernels)
@@ -311,13 +322,11 @@ class Ledger:
         tried = self.tried(claim)
         return self.verdicts[claim.id, tried[-1]] if tried else None
 
-    def require(self) -> Ledger:
-        """Return the ledger, or raise FindingFailed: a verdict changed, or a claim has none."""
-        bad = [str(change) for change in self.changes]
-        bad += [f"{claim.id}: no run on any kernel decides it" for claim in self.undecided()]
-        if bad:
-            raise FindingFailed("The verdicts are not those recorded:\n- " + "\n- ".join(bad))
-        return self
+    def complaints(self) -> list[str]:
+        """What is not as it should be: a verdict that changed, or a claim that has none."""
+        return [str(change) for change in self.changes] + [
+            f"{claim.id}: no run on any kernel decides it" for claim in self.undecided()
+        ]
 
 
 def read(file: Path = LEDGER) -> tuple[Claim, ...]:
@@ -333,10 +342,7 @@ def read(file: Path = LEDGER) -> tuple[Claim, ...]:
     BadInput
         When it is no such file, names a claim twice, or leaves one with neither case nor reason.
     """
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{file} cannot be read as a ledger of claims ({error}).") from None
+    content = _content(file)
     claims = tuple(_claim(entry, content.get("chapters", {})) for entry in content.get("claim", []))
     ids = [claim.id for claim in claims]
     if twice := {id for id in ids if ids.count(id) > 1}:
@@ -388,6 +394,39 @@ def judge(
             if was.holds is not None and was.holds != now.holds:
                 changes.append(Change(verdict.claim, was, now))
     return Ledger(tuple(claims), tuple(kernels), verdicts, tuple(changes))
+
+
+def beside(ledger: Ledger, file: Path = LEDGER) -> pd.DataFrame:
+    """Put figures of chapter 5 beside ours, where a run has one that means the same.
+
+    Parameters
+    ----------
+    ledger
+        From `judge`; its kernels are compared.
+    file
+        The ledger of claims, whose ``[[beside]]`` tables say which figure of a run is meant.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row for each figure of the article: ``figure``, ``method``, ``article`` (with its unit),
+        ``where`` (it stands), and a column for each kernel; empty where nothing compares.
+    """
+    ours = {(one["figure"], one["method"]): one for one in _content(file).get("beside", [])}
+    rows = []
+    for _, row in reference()["chapter_5"].iterrows():
+        line = {
+            "figure": row["figure"],
+            "method": row["method"],
+            "article": f"{in_words(row['value'])} {row['unit']}",
+            "where": row["where"],
+        }
+        one = ours.get((row["figure"], row["method"]))
+        for kernel in ledger.kernels:
+            run = ledger.runs.get((one["experiment"], kernel)) if one else None
+            line[kernel] = figure(_line(one["here"]), run) if one and run else ""
+        rows.append(line)
+    return pd.DataFrame(rows)
 
 
 def series(release: str) -> str:
@@ -449,6 +488,13 @@ def _claim(entry: Mapping[str, Any], chapters: Mapping[str, str]) -> Claim:
         _line(entry.get("happens", "")),
         _line(entry.get("instead", "")),
     )
+
+
+def _content(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{file} cannot be read as a ledger of claims ({error}).") from None
 
 
 def _line(text: str) -> str:
