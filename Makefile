@@ -18,7 +18,8 @@ setup: ## install what is missing: Debian packages, headers, the Python environm
 report: setup ## run every notebook on this kernel, write reports/index.html (PROFILE=quick or full)
 	@$(ENTER) $(PYTHON) -m labkit report --profile $(PROFILE)
 
-test: setup ## every check and every test (PYTEST_ARGS=... for pytest)
+test: setup ## every check and every test (PYTEST_ARGS=... for pytest); installs Chromium for it
+	@provision/browser-packages.sh
 	@checks=0; provision/lint.sh || checks=1; \
 	$(ENTER) $(PYTHON) -m pytest $(PYTEST_ARGS) || exit $$?; \
 	if [ $$checks != 0 ]; then echo "lab: the tests pass, but checks above failed" >&2; exit 1; fi

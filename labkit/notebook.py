@@ -7,7 +7,6 @@ fails, does not stop the notebook: it is shown, remembered, and named by
 
 from __future__ import annotations
 
-import io
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -285,7 +284,9 @@ class Investigation:
             return
         subject = find(run.experiment)
         try:
-            picture = _picture(run, of)
+            from labkit.analysis import figures
+
+            picture = figures.picture(run, of)
         except Exception as error:
             self._failed(subject, error)
             return
@@ -492,15 +493,6 @@ def _display(
 
 def _show(html: str, text: str) -> None:
     _display({"text/html": html, "text/plain": text})
-
-
-def _picture(run: Run, of: str | None = None) -> bytes:
-    """PNG of the run's figure."""
-    from labkit.analysis import figures
-
-    file = io.BytesIO()
-    figures.draw(run, of).savefig(file, format="png", dpi=200)
-    return file.getvalue()
 
 
 def _counts_html(run: Run) -> str:

@@ -48,6 +48,7 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 _GENERATOR = '<meta name="generator" content="map freshness lab">'
 _MEASURES = re.compile(r"""\.measure\(\s*["']([a-z0-9-]+)["']""")
 _PICTURE = re.compile(r"Figure of ([a-z0-9-]+):")
+_WIDGET = "application/vnd.jupyter.widget-view+json"
 _NO_ALT = 'alt="No description has been provided for this image"'
 
 
@@ -238,6 +239,7 @@ def _execute(
             timeout_func=lambda cell: max(1, int(begun + limit_s - time.monotonic())),
             iopub_timeout=60,  # a flood of output is late, not lost
             shutdown_kernel="immediate",
+            store_widget_state=False,  # a page has no kernel that could answer
             on_cell_start=tell,
             # No port is opened.
             config=Config(KernelManager={"transport": "ipc", "ip": str(sockets / "kernel")}),
@@ -353,6 +355,9 @@ def _read(page: _Page, file: Path) -> None:
         for cell in notebook.cells
         if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])
     ]
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop(_WIDGET, None)  # its words for a static page remain
     pictures = [
         output.data.get("text/plain", "")
         for cell in notebook.cells

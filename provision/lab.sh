@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# JupyterLab on this machine's own address only, with a token that is new each time.
+# JupyterLab on this machine's own address only, with a token that is new each time. LAB_PORT is its
+# port, LAB_NOTEBOOKS the folder that it shows.
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -19,7 +20,7 @@ options=(
     --ServerApp.ip=127.0.0.1
     --ServerApp.port="$port"
     --ServerApp.port_retries=0
-    --ServerApp.root_dir="$LAB_ROOT/notebooks"
+    --ServerApp.root_dir="${LAB_NOTEBOOKS:-$LAB_ROOT/notebooks}"
     --ServerApp.open_browser=False
 )
 say "JupyterLab: open the address with the token shown below; Ctrl-C twice ends it."

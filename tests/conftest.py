@@ -1,8 +1,9 @@
 """What every test shares: whether it may use the kernel, and that it leaves nothing in it.
 
 ``LABKIT_KERNEL_TESTS`` has three states. Unset: try the kernel, and skip with the reason where it
-runs no BPF. ``0``: skip. ``1``: a skip is a failure, for machines that are known to run BPF. A test
-of a feature that this very kernel lacks asks `require_feature`, and is skipped in every state.
+runs no BPF. ``0``: skip. ``1``: a skip is a failure, for machines that are known to run BPF; tests
+with a browser are held to that too. A test of a feature that this very kernel lacks asks
+`require_feature`, and is skipped in every state.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 STATE = os.environ.get("LABKIT_KERNEL_TESTS", "")
-KERNEL_TESTS = Path(__file__).parent / "kernel"
+MARKED = {"kernel": Path(__file__).parent / "kernel", "browser": Path(__file__).parent / "browser"}
 TOYS = Path(__file__).parent / "toys"
 LACKS = "this kernel lacks "
 # The kernel frees an object some time after its last holder let go of it.
@@ -33,17 +34,18 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.is_relative_to(KERNEL_TESTS):
-            item.add_marker(pytest.mark.kernel)
+        for mark, folder in MARKED.items():
+            if item.path.is_relative_to(folder):
+                item.add_marker(mark)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Turn the skip of a kernel test into a failure where kernel tests must run."""
+    """Turn the skip of a marked test into a failure where all of them must run."""
     report = yield
-    if STATE == "1" and report.skipped and item.get_closest_marker("kernel"):
+    if STATE == "1" and report.skipped and any(map(item.get_closest_marker, MARKED)):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         if LACKS not in reason:
             report.outcome = "failed"

@@ -96,9 +96,9 @@ def test_what_does_not_end_is_stopped(experiment: str, tmp_path: Path) -> None:
 def test_errors_of_the_worker_keep_their_kind(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="lacks toys"):
         measure("toy-lacks", folder=tmp_path)
-    with pytest.raises(LabError, match="status 1 and no run: ZeroDivisionError: a bug in a toy"):
+    with pytest.raises(LabError, match="status 1 and no answer: ZeroDivisionError: a bug in a toy"):
         measure("toy-raises", folder=tmp_path, say=lambda words: None)
-    with pytest.raises(LabError, match=f"status {-signal.SIGABRT} and no run"):
+    with pytest.raises(LabError, match=f"status {-signal.SIGABRT} and no answer"):
         measure("toy-aborts", folder=tmp_path, say=lambda words: None)
 
 
@@ -109,7 +109,7 @@ def test_a_killed_worker_takes_its_helpers_along(tmp_path: Path) -> None:
         said.append(words)
         os.kill(numbers(said)["worker"], signal.SIGKILL)
 
-    with pytest.raises(LabError, match=f"status {-signal.SIGKILL} and no run"):
+    with pytest.raises(LabError, match=f"status {-signal.SIGKILL} and no answer"):
         measure("toy-sleeps", folder=tmp_path, say=kill)
     wait_until_gone(numbers(said).values())
 

@@ -11,6 +11,7 @@ It draws on ``ax``, or on `style.axes`, and returns the axes; a figure of severa
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -79,6 +80,13 @@ def draw(run: Run, of: str | None = None) -> Figure:
     finally:
         for number in set(pyplot.get_fignums()) - before:
             pyplot.close(number)
+
+
+def picture(run: Run, of: str | None = None) -> bytes:
+    """Draw a figure of a run, as `draw` does, and return it as PNG."""
+    file = io.BytesIO()
+    draw(run, of).savefig(file, format="png", dpi=200)
+    return file.getvalue()
 
 
 def drawn() -> tuple[str, ...]:
