@@ -164,7 +164,8 @@ def _stored(
         store_ns = (time.monotonic_ns() - begun) / len(keys)
         held = table.snapshot()
         sizes = {"key_bytes": table.key_size, "value_bytes": table.value_size}
-    order = np.argsort(held.keys)
+    # Stable: NumPy's default sorts by vector instructions, and came out wrong on an emulated CPU.
+    order = np.argsort(held.keys, kind="stable")
     given = held.values[order][np.searchsorted(held.keys[order], keys)]
     served = np.ones(len(paths), bool)
     actions = given
