@@ -48,8 +48,9 @@ static __always_inline int wrong_process(void)
 }
 #endif
 
-SEC("tc")
-int read_version(struct __sk_buff *skb)
+// Not tc: there an older kernel does not tell which process runs.
+SEC("syscall")
+int read_version(void *ctx)
 {
 	struct lab_policy *policy;
 	__u32 key = 1;

@@ -25,7 +25,7 @@ _KEY = 1
     family="kernel-facts",
     question="Can an attribute for relocation make a program read old values of a map?",
     claims=("1.8",),
-    needs=("bpf", "btf", "clang", "hash", "test_run"),
+    needs=("bpf", "btf", "clang", "hash", "syscall_program"),
     quick={"loads": 10, "updates": 2_000},
     full={"loads": 50, "updates": 50_000},
 )
