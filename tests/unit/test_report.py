@@ -15,6 +15,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from labkit import verdicts
+from labkit.analysis import claims
+from labkit.analysis.claims import Case, Claim
 from labkit.errors import BadInput
 from labkit.report import ReportFailed, make_report, sweep
 
@@ -194,3 +197,31 @@ def test_only_what_dead_reports_left_is_swept(tmp_path: Path) -> None:
     finally:
         os.close(held)
     assert sorted(tmp_path.iterdir()) == [other, live]
+
+
+def test_the_verdicts_stand_first_and_lead_to_the_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook that only reads runs comes after those that measure, whatever its number."""
+    books, folder = tmp_path / "books", tmp_path / "reports"
+    write_notebook(books, "00-reads", "print('nothing measured')", ASSERT)
+    write_notebook(books, "01-good", COUNTS, ASSERT)
+    case = Case("toy-counts", "", "broken.anomalies == 0")
+    claim = Claim("1.1", "Toys", "None is lost.", "No loss.", (case,), "", "{broken} lost.", "Hm.")
+    monkeypatch.setattr(
+        verdicts,
+        "evaluate",
+        lambda fresh: claims.judge([claim], recorded=tmp_path, fresh=books / "runs"),
+    )
+    kept: list[str] = []
+    assert make_report("quick", folder, notebooks=books, done=kept.append) == 0
+    assert [line.split(":")[0] for line in kept[:2]] == ["01-good", "00-reads"]
+    index = (folder / "index.html").read_text()
+    (anchor,) = re.findall(r"<td>.*?<a href='(01-good.html#cell-id=[^']+)'>toy-counts</a>", index)
+    assert f"id={anchor.split('#')[1].removeprefix('cell-')}" in (
+        folder / "01-good.html"
+    ).read_text().replace('"', "").replace("cell-id=", "id=")
+    assert plain(index).index("None is lost.") < plain(index).index("The notebooks 00-reads")
+    page = (folder / "claim-1.1.html").read_text()
+    assert "7 of 100 lost." in plain(page) and "data:image/png;base64," in page
+    assert "index.html#claim-1.1" in page
