@@ -46,7 +46,7 @@ verdicts: setup ## every claim of the article, judged by the runs here; exit sta
 	@$(ENTER) $(PYTHON) -m labkit verdicts
 
 # The VM with Debian's stock kernel (labkit/vm.py).
-.PHONY: vm-host vm-image vm-boot vm-ssh
+.PHONY: vm-host vm-image vm-boot vm-ssh vm-test vm-report vm-clean vm-url vagrant-test
 
 vm-host: setup
 	@provision/vm-packages.sh
@@ -59,6 +59,21 @@ vm-boot: vm-host ## boot the VM, and keep it until Ctrl-C
 
 vm-ssh: vm-host ## a shell, or COMMAND=..., in the VM; boots one for it where none runs
 	@$(PYTHON) -m labkit.vm ssh $(if $(COMMAND),'$(subst ','\'',$(COMMAND))')
+
+vm-test: vm-host ## the kernel's tests in the VM, and the experiments that need its hooks
+	@$(PYTHON) -m labkit.vm test
+
+vm-report: vm-host ## the report in the VM, as .lab/vm/results/report (PROFILE=quick or full)
+	@$(PYTHON) -m labkit.vm report --profile $(PROFILE)
+
+vm-clean: setup ## remove the VM's image and results
+	@$(PYTHON) -m labkit.vm clean
+
+vm-url: ## the address of JupyterLab in the VM that vagrant up made
+	@vagrant ssh -c 'LAB_PORT=$(LAB_PORT) /vagrant/provision/lab-service.sh --url' -- -q
+
+vagrant-test: setup ## vagrant up with libvirt, to a notebook's finding through the forwarded port
+	@provision/vagrant-test.sh
 
 clean: ## remove what the lab left in the kernel, then everything it made in this folder
 	@provision/clean.sh

@@ -36,6 +36,18 @@ RESULTS = STATE / "results"
 BOOT_LIMIT_S = 240.0
 """Until the VM must have answered, seconds; 15 to 60 are usual when the CPU is emulated."""
 
+TEST_LIMIT_S = 1100.0
+"""For all that `test` runs in the VM, seconds."""
+
+REPORT_LIMIT_S = 4 * 3600.0
+"""For a report made in the VM, seconds."""
+
+_FULL_KERNEL = frozenset({"fentry", "fexit", "kprobe", "lsm"})
+_LABKIT = "provision/enter.sh .venv/bin/python -m labkit"
+_PYTEST = (
+    "LABKIT_KERNEL_TESTS=1 provision/enter.sh .venv/bin/python -m pytest tests/kernel"
+    " -m 'not outside_vm' -q -o timeout=600"
+)
 _TRIAL_LIMIT_S = 20.0
 _NEED_BYTES = 2 << 30  # of what a VM writes while it runs
 _GUEST_CHECKOUT = "/vagrant"  # where Vagrant has it, too
@@ -180,7 +192,7 @@ def booted(say: Callable[[str], None], *, limit_s: float = BOOT_LIMIT_S) -> Iter
     RESULTS.mkdir(exist_ok=True)
     try:
         _make_key(folder, image)
-        port = _free_port()
+        port = free_port()
         machine = Machine(str(folder), str(image), port, os.getpid(), accelerator)
         start = time.monotonic()
         with _qemu(_command_line(machine), folder) as qemu:
@@ -365,7 +377,7 @@ def _make_key(folder: Path, image: Path) -> None:
     (folder / "known_hosts").write_text("lab " + (image / "host_key").read_text())
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port of 127.0.0.1 that the kernel says is free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -401,6 +413,65 @@ def _boot(arguments: argparse.Namespace) -> int:
             signal.pause()
 
 
+def _accelerator_only(arguments: argparse.Namespace) -> int:
+    print(_accelerator(_image(), _say))
+    return 0
+
+
+def _test(arguments: argparse.Namespace) -> int:
+    """Run the tests and the experiments that are for the full kernel; the worst exit status."""
+    deadline = time.monotonic() + TEST_LIMIT_S
+    statuses = []
+    with booted(_say) as machine:
+        for name, command in (
+            ("kernel tests", f"{_PYTEST} --junit-xml=/results/junit.xml"),
+            ("experiments", f"{_LABKIT} run {' '.join(_for_full_kernel())} --folder /results/runs"),
+        ):
+            start = time.monotonic()
+            try:
+                status = machine.run(command, timeout_s=max(1.0, deadline - start))
+            except TimedOut as error:
+                _say(str(error))
+                status = 1
+            statuses.append(status)
+            took = time.monotonic() - start
+            _say(f"{name}: {'passed' if status == 0 else f'exit status {status}'} in {took:.0f} s")
+    _say(f"results are in {RESULTS.relative_to(CHECKOUT)}")
+    return max(statuses)
+
+
+def _for_full_kernel() -> list[str]:
+    """Ids of the experiments that need a hook which a smaller kernel may lack."""
+    from labkit.failures.experiment import catalogue
+
+    return [
+        experiment.id
+        for experiment in catalogue().values()
+        if experiment.id == "coverage-matrix" or not _FULL_KERNEL.isdisjoint(experiment.needs)
+    ]
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    with booted(_say) as machine:
+        status = machine.run(
+            f"{_LABKIT} report --profile {arguments.profile} --folder /results/report",
+            timeout_s=REPORT_LIMIT_S,
+        )
+    _say(f"the report is {RESULTS.relative_to(CHECKOUT)}/report/index.html")
+    return status
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    _remove_dead()
+    if machine := running():
+        raise BadInput(f"A VM of this checkout runs (process {machine.pid}): end it first.")
+    for folder in (STATE / "images", RESULTS):
+        if folder.exists():
+            shutil.rmtree(folder)
+            _say(f"removed {folder.relative_to(CHECKOUT)}")
+    return 0
+
+
 def _bring(arguments: argparse.Namespace) -> int:
     machine = running()
     if machine is None:
@@ -432,6 +503,16 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     ssh.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND")
     ssh.set_defaults(command=_ssh)
+    for name, command, help in (
+        ("test", _test, "the kernel's tests, and the experiments for a full kernel, in a new VM"),
+        ("report", _report, "the report, in a new VM"),
+        ("clean", _clean, "remove images and results"),
+        ("accelerator", _accelerator_only, "kvm or tcg: which works here, by trying"),
+    ):
+        one = commands.add_parser(name, help=help)
+        one.set_defaults(command=command)
+        if name == "report":
+            one.add_argument("--profile", default="quick", choices=("quick", "full"))
     arguments = parser.parse_args(words)
     die_with_parent()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -4,6 +4,7 @@
 #
 #   headers.sh         make the tree if it is needed; says what bcc will use
 #   headers.sh --find  make nothing; exit status 0 if headers can be had without installing
+#   headers.sh --own   make nothing; exit status 0 if the running kernel has headers of its own
 #   headers.sh --path  print the value for BCC_KERNEL_SOURCE; nothing when bcc finds headers alone
 #
 # Headers of another version serve for maps, helpers and tracepoint arguments, never for the inside
@@ -59,6 +60,9 @@ case ${1:-} in
     --find)
         running_kernel_has_headers || newest_split_headers >/dev/null
         ;;
+    --own)
+        running_kernel_has_headers
+        ;;
     --path)
         if ! running_kernel_has_headers && [[ -e $tree/include/linux ]]; then
             printf '%s\n' "$tree"
@@ -80,6 +84,6 @@ case ${1:-} in
         say "Kernel headers: those of ${flavour##*/linux-headers-} for the running $(uname -r), through .lab/headers"
         ;;
     *)
-        die "headers.sh knows --find, --path or no argument, not '$1'."
+        die "headers.sh knows --find, --own, --path or no argument, not '$1'."
         ;;
 esac

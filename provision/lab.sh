@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # JupyterLab on this machine's own address only, with a token that is new each time. LAB_PORT is its
-# port, LAB_NOTEBOOKS the folder that it shows.
+# port, LAB_NOTEBOOKS the folder that it shows. (lab-service.sh, in a throw-away VM, sets the token
+# and, for VirtualBox, LAB_LISTEN.)
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -17,7 +18,7 @@ trap : INT TERM
 
 # A taken port is an error: the port that a VM forwards must not wander.
 options=(
-    --ServerApp.ip=127.0.0.1
+    --ServerApp.ip="${LAB_LISTEN:-127.0.0.1}"
     --ServerApp.port="$port"
     --ServerApp.port_retries=0
     --ServerApp.root_dir="${LAB_NOTEBOOKS:-$LAB_ROOT/notebooks}"

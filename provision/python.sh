@@ -1,11 +1,25 @@
 #!/usr/bin/env bash
 # Makes .venv with the exact versions of pyproject.toml, labkit itself (editable) and bcc.
+# With the environment of environment.yml active in conda, .venv is a link to that instead.
 # Exit status: 0 done; 3 done, but there is no bcc: recorded runs only; else a failure.
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 venv=$LAB_ROOT/.venv
 stamp=$venv/provisioned
+
+conda_is_active() {
+    [[ ${CONDA_DEFAULT_ENV:-} == map-freshness-lab && -d ${CONDA_PREFIX:-}/conda-meta ]]
+}
+
+# conda has installed the versions of environment.yml; what is left is labkit itself.
+install_into_conda() {
+    if conda_is_active && [[ $(readlink "$venv") != "$CONDA_PREFIX" ]]; then
+        rm -rf "$venv"
+        ln -s "$CONDA_PREFIX" "$venv"
+    fi
+    "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-deps --editable "$LAB_ROOT"
+}
 
 # Debian's own interpreter comes first: a Python built elsewhere may lack what ctypes needs.
 find_python() {
@@ -46,12 +60,20 @@ mkdir -p "$LAB_STATE"
 exec 8<"$LAB_STATE"
 if command -v flock >/dev/null; then flock 8; fi
 
-python=$(find_python) || die "Python 3.11 or newer with venv is needed (Debian: python3-venv)."
+make_it=install_into_conda
+if conda_is_active; then
+    python=$CONDA_PREFIX/bin/python
+elif [[ -L $venv ]]; then # conda's, made before
+    python=$venv/bin/python
+else
+    python=$(find_python) || die "Python 3.11 or newer with venv is needed (Debian: python3-venv)."
+    make_it=install_environment
+fi
 if [[ -x $venv/bin/python && $(cat "$stamp" 2>/dev/null) == "$(wanted "$python")" ]]; then
     say "Python environment: up to date"
 else
     with_progress "$LAB_STATE/pip.log" "Making the Python environment (under a minute with a fast network)" \
-        install_environment
+        "$make_it"
     wanted "$python" >"$stamp.new"
     mv "$stamp.new" "$stamp"
 fi

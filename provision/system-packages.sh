@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that the lab lacks. Does nothing, fast, when all are there.
 # With --list it only prints their names (headers depend on the kernel, and are not among them).
+# LAB_MAY_CHANGE_KERNEL=1, for a throw-away VM: where Debian's archive no longer has headers for the
+# running Debian kernel, its present kernel is installed too, with headers, and a reboot is asked for.
 # Exit status: 0 all there; 3 this machine cannot have them, so recorded runs only; else a failure.
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -37,8 +39,12 @@ mapfile -t missing < <(missing_of "${packages[@]}")
 
 # Headers: bcc needs some. The running kernel's are best; any other version's do for maps, helpers
 # and tracepoint arguments (headers.sh).
+find=--find
+if [[ ${LAB_MAY_CHANGE_KERNEL:-} == 1 && -z $(missing_of "linux-image-$(uname -r)") ]]; then
+    find=--own
+fi
 need_headers=yes
-if "$LAB_ROOT/provision/headers.sh" --find >/dev/null; then
+if "$LAB_ROOT/provision/headers.sh" "$find" >/dev/null; then
     need_headers=no
 fi
 
@@ -60,7 +66,10 @@ install_packages() {
     apt_update
     if [[ $need_headers == yes ]]; then
         headers=linux-headers-$(uname -r)
-        apt-cache show "$headers" >/dev/null 2>&1 || headers=linux-headers-$(dpkg --print-architecture)
+        if ! apt-cache show "$headers" >/dev/null 2>&1; then
+            headers=linux-headers-$(dpkg --print-architecture)
+            [[ $find == --own ]] && missing+=("${headers/headers/image}")
+        fi
         missing+=("$headers")
     fi
     apt_install "${missing[@]}"
@@ -68,3 +77,7 @@ install_packages() {
 
 say "Debian packages to install: $wanted"
 with_progress "$LAB_STATE/apt.log" "Installing Debian packages" install_packages
+if [[ $find == --own ]] && ! "$LAB_ROOT/provision/headers.sh" --own; then
+    say "Debian has no headers for the running kernel $(uname -r) any more. A newer kernel is installed," \
+        "with its headers: reboot into it (vagrant reload)."
+fi

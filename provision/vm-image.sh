@@ -102,6 +102,9 @@ customize() {
     install -m 755 provision/vm-guest/lab-share.sh "$root/usr/local/sbin/lab-share"
     install -m 644 provision/vm-guest/lab-share.service "$root/etc/systemd/system/lab-share.service"
     chroot "$root" systemctl --quiet enable systemd-networkd systemd-resolved ssh lab-share
+    # Nobody can log in as this user until vagrant-test.sh writes a key.
+    chroot "$root" useradd --create-home --shell /bin/bash vagrant
+    echo 'vagrant ALL=(ALL) NOPASSWD: ALL' >"$root/etc/sudoers.d/vagrant"
     # A throw-away VM: what looks after a server for years only takes time at its start.
     for name in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer \
         e2scrub_reap.service fstrim.timer systemd-pstore.service; do

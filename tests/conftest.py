@@ -12,7 +12,8 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark, folder in MARKED.items():
             if item.path.is_relative_to(folder):
                 item.add_marker(mark)
+
+
+left_out: Counter[tuple[str, str]] = Counter()
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        if marker := item.get_closest_marker("outside_vm"):
+            left_out[item.path.name, str(marker.args[0])] += 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which tests the run left to the machine outside of a VM."""
+    for (name, reason), count in sorted(left_out.items()):
+        terminalreporter.write_line(f"left out: {count} of {name}: {reason}")
 
 
 @pytest.hookimpl(wrapper=True)

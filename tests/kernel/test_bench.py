@@ -15,7 +15,10 @@ from labkit.sync.ring_events import RingEvents
 from labkit.sync.trace_hook import TraceHook
 from labkit.workload import WRITERS, Load
 
-pytestmark = pytest.mark.usefixtures("kernel")
+pytestmark = [
+    pytest.mark.usefixtures("kernel"),
+    pytest.mark.outside_vm("compares speeds, which an emulated CPU distorts"),
+]
 
 
 @pytest.mark.parametrize("value_bytes", [8, 64, 1024])

@@ -15,6 +15,8 @@ import pytest
 from labkit import bench_kernel
 from labkit.kernel.parallel import cpus
 
+pytestmark = pytest.mark.outside_vm("compares speeds, which an emulated CPU distorts")
+
 Bench = tuple[subprocess.Popen[str], list[int]]
 
 

@@ -18,7 +18,10 @@ from labkit.analysis.findings.bench_sync import (
 )  # fmt: skip
 from labkit.workload import Load
 
-pytestmark = pytest.mark.usefixtures("kernel")
+pytestmark = [
+    pytest.mark.usefixtures("kernel"),
+    pytest.mark.outside_vm("compares speeds, which an emulated CPU distorts"),
+]
 
 
 @pytest.mark.parametrize("way", BCC)

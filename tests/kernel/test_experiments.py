@@ -10,6 +10,10 @@ from labkit.analysis.findings import judge
 from labkit.failures.experiment import catalogue, find
 from labkit.measure import measure
 
+pytestmark = pytest.mark.outside_vm(
+    "takes an hour on an emulated CPU; make vm-report runs every experiment"
+)
+
 LACKS = "this kernel lacks "
 
 

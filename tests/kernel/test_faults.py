@@ -22,7 +22,13 @@ from nbformat.v4 import new_code_cell, new_notebook
 from labkit.kernel import objects
 from labkit.kernel.tools import MERGED_HEADERS
 
-pytestmark = [pytest.mark.usefixtures("kernel", "toys"), pytest.mark.timeout(180)]
+pytestmark = [
+    pytest.mark.usefixtures("kernel", "toys"),
+    pytest.mark.timeout(180),
+    pytest.mark.outside_vm(
+        "starts the lab anew for each fault: half a minute each on an emulated CPU"
+    ),
+]
 
 COMMAND = [sys.executable, "-m", "labkit"]
 GONE_WITHIN_S = 15.0

@@ -12,6 +12,8 @@ import pytest
 from labkit.errors import LabError, TimedOut
 from labkit.kernel.parallel import Child, cpus, shared_array, together
 
+pytestmark = pytest.mark.outside_vm("asks nothing of the kernel that differs between kernels")
+
 
 def test_tasks_run_on_their_own_cpus() -> None:
     affinity = together(*[lambda: os.sched_getaffinity(0)] * len(cpus()))

@@ -66,6 +66,7 @@ def test_the_doctor_agrees_with_the_table() -> None:
     assert all(name in shown for name in probe.names())
 
 
+@pytest.mark.outside_vm("starts Python anew: a minute on an emulated CPU")
 def test_an_ordinary_user_gets_reasons_and_no_traceback() -> None:
     if os.geteuid() != 0:
         pytest.skip("this kernel lacks nothing: only root can become another user")
@@ -91,6 +92,7 @@ def test_an_ordinary_user_gets_reasons_and_no_traceback() -> None:
     assert done.stdout.rstrip().endswith("1")
 
 
+@pytest.mark.outside_vm("starts Python anew: a minute on an emulated CPU")
 def test_a_trial_leaves_the_environment_of_its_caller_alone() -> None:
     before = (os.getcwd(), dict(os.environ), os.sched_getaffinity(0))
     for name in ("compile", "perf_buffer", "xdp"):

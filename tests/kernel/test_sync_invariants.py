@@ -37,6 +37,10 @@ from labkit.sync.ring_events import Channel, RingEvents
 from labkit.sync.strategy import Strategy
 from labkit.sync.trace_hook import TraceHook
 
+pytestmark = pytest.mark.outside_vm(
+    "streams for minutes in Python; trace_hook and double_map cover the hooks"
+)
+
 Script = npt.NDArray[Any]
 
 SMALL_RING = 64 << 10  # some 1,100 events of 8-byte values

@@ -25,6 +25,8 @@ from labkit.sync.poll import Poll
 from labkit.sync.ring_events import COUNTS, Channel, RingEvents
 from labkit.sync.strategy import Strategy
 
+pytestmark = pytest.mark.outside_vm("asks nothing of the kernel that differs between kernels")
+
 MODULES = [module.name for module in pkgutil.iter_modules(labkit.sync.__path__, "labkit.sync.")]
 
 
