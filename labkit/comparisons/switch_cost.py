@@ -26,7 +26,7 @@ _KEYS = 256  # of the table that programs read
 _WORK_BYTES = 1 << 22  # copied for each key: a reading lasts some 40 ms, longer than a switch
 _LEAST = 4  # generations that every setting sees, and mixed readings where they are expected
 _LIMIT_S = 30.0
-_PAUSE_S = 0.06  # after two flips: in it some readings find their generation still in force
+_TICK_S = 0.001  # between two looks of a writer that waits for readings to end
 _ORDINARY, _SLEEPABLE = ProgramKind.TC, ProgramKind.SYSCALL
 
 Values = npt.NDArray[np.uint64]
@@ -138,8 +138,10 @@ def _sweep(unit: Unit, setting: _Setting, change: Change, sweeps: int) -> tuple[
     change(1)
     least, ended = "mixed" if setting.variant == "broken" else "generations", Event()
     took_ns: list[int] = []
+    readings = 0
 
     def read() -> np.void:
+        nonlocal readings
         deadline = time.monotonic() + _LIMIT_S
         try:
             while True:
@@ -151,6 +153,7 @@ def _sweep(unit: Unit, setting: _Setting, change: Change, sweeps: int) -> tuple[
                         return seen  # the finding tells that none was
                     raise TimedOut(f"The writer of switch-cost stood still ({setting.case}).")
                 program.test_run()
+                readings += 1
         finally:
             ended.set()
 
@@ -162,7 +165,10 @@ def _sweep(unit: Unit, setting: _Setting, change: Change, sweeps: int) -> tuple[
             took_ns.append(time.monotonic_ns() - begun)
             number += 1
             if setting.writer == "flip_twice":
-                time.sleep(_PAUSE_S)
+                # Of these two readings the second finds its generation in force to the end.
+                enough = readings + 2
+                while readings < enough and not ended.is_set():
+                    time.sleep(_TICK_S)
 
     seen: np.void = together(read, write)[0]
     return seen, took_ns

@@ -314,21 +314,26 @@ def swept(
     *,
     sweeps: int = 0,
     least: str = "generations",
+    between: int = 0,
 ) -> Any:
     """Counts of sweeps beside a writer that changes the table as fast as it can.
 
     There are so many sweeps, and some of what is named by ``least``, however long it takes.
+    Between two changes ``between`` sweeps end.
     """
     program = unit.function(function, kind)
     counts, ended = unit.map("counts"), Event()
     counts.update(0, (0,) * 5)
+    done = 0
 
     def read() -> None:
+        nonlocal done
         deadline = time.monotonic() + LIMIT_S
         try:
             while (seen := counts.lookup(0))["sweeps"] < sweeps or seen[least] < 4:
-                assert time.monotonic() < deadline, f"too few {least} came"
+                assert time.monotonic() < deadline, f"too little came: {seen}"
                 program.test_run()
+                done += 1
         finally:
             ended.set()
 
@@ -337,6 +342,9 @@ def swept(
         while not ended.is_set():
             change(number)
             number += 1
+            enough = done + between
+            while done < enough and not ended.is_set():
+                time.sleep(0.001)
 
     together(read, write)
     return counts.lookup(0)
@@ -417,7 +425,6 @@ def test_a_sleepable_program_that_compares_sees_no_mixed_half(
                 half = SLOW_ALL + generation % 2 * SLOW_KEYS
                 halves.update_many(half, every(generation, SLOW_KEYS))
                 word.update(0, generation)
-            time.sleep(0.02)  # some sweeps find their generation still in force
 
         swept(unit, "sweep_half", ProgramKind.SYSCALL, flip_twice, least="mixed")
         seen = swept(
@@ -427,5 +434,6 @@ def test_a_sleepable_program_that_compares_sees_no_mixed_half(
             flip_twice,
             sweeps=100,
             least="moved",
+            between=2,  # the second finds its generation in force to the end
         )
         assert seen["mixed"] == 0

@@ -24,8 +24,8 @@ from labkit.kernel.maps import KeyAbsent, Map, map_error
 from labkit.kernel.parallel import Child, another_cpu, shared_array, together
 from labkit.kernel.programs import Unit
 
-_PAUSE = 16  # calls of the clock that a program spends on each key
-_CHUNK = 50  # sweeps between two looks at the writer; a switch waits for them
+_PAUSE = 64  # calls of the clock that a program spends on each key: a sweep outlasts two flips
+_CHUNK = 20  # sweeps between two looks at the writer; a switch waits for them
 _SAMPLES = 24  # sweeps of each setting and round that are kept whole
 _LEAST = 4  # generations that every setting sees in a round
 _WARM_UP = 2  # changes of each kind that are not timed
