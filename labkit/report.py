@@ -512,9 +512,9 @@ h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.25rem; margin-top
 a { color: #0072B2; } .anchor-link { display: none; }
 img { max-width: min(100%, 34rem); height: auto; }
 pre { overflow-x: auto; font-size: 0.82rem; }
-.jp-InputArea .highlight, .highlight { background: #f5f5f2; }
+.highlight { background: #f5f5f2; }
 .highlight pre { padding: 0.5rem 0.8rem; margin: 0.4rem 0; }
-.jp-OutputArea-output { overflow-x: auto; }
+.output_subarea { overflow-x: auto; }
 /* variant and case: a table of many columns scrolls rather than break every word of them */
 table.dataframe td:nth-child(2) { min-width: 9em; }
 table { border-collapse: collapse; font-size: 0.85rem; margin: 0.5rem 0; }

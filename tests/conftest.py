@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -98,6 +99,19 @@ def why_no_kernel() -> str:
         if not feature.works:
             return f"no BPF here: {name}: {feature.answer} ({feature.remedy})"
     return ""
+
+
+@pytest.fixture(scope="session")
+def report_without_bpf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make the whole report as somebody without privilege, and so from recorded runs."""
+    folder = tmp_path_factory.mktemp("without_bpf") / "reports"
+    command = [sys.executable, "-m", "labkit", "report", "--folder", str(folder)]
+    if os.geteuid() == 0:
+        command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "Not live: " in ended.stderr
+    return folder
 
 
 @pytest.fixture
