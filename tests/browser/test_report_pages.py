@@ -1,4 +1,4 @@
-"""The report in a browser: readable on a phone, and a table of claims that one can filter and sort."""
+"""The report in a browser: readable on a phone, its claims filtered and sorted."""
 
 from __future__ import annotations
 
