@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -13,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from labkit.analysis.runs import Triad
-from labkit.errors import BadInput
+from labkit.errors import BadInput, TimedOut
 from labkit.failures.experiment import Tables, experiment, say
 from labkit.kernel import leftovers, programs
 from labkit.kernel.leftovers import MemoryGroup
@@ -25,6 +26,7 @@ from labkit.kernel.pins import PinFolder
 _KNOBS = ("memcg.protection", "memory.max", "cgroup.procs")  # the article's, and a cgroup's own
 _SHARES = (1 / 8, 1 / 2, 4 / 5)  # of the limit: the first two fit together, the third does not
 _VALUE_BYTES = 1_024
+_LIMIT_S = 30.0  # for the kernel to free maps
 _SAID_LIMIT_MIB = 128  # what the article gives as the limit of a program type
 _MAGIC = {0xCAFE4A11: "bpf", 0x63677270: "cgroup2", 0x27E0EB: "cgroup"}  # linux/magic.h
 
@@ -82,6 +84,7 @@ def memory_accounting(*, limit_mib: int, rounds: int) -> Tables:
         for number in range(rounds):
             for limited in (True, False):
                 say(f"round {number + 1} of {rounds}, {'with' if limited else 'without'} a limit")
+                _wait_until_freed(group, (limit_mib << 20) // 16)
                 with Child(partial(_maps, group, limited, sizes)) as child:
                     for row in child.result():
                         rows.append({"limited": limited, "round": number, **row})
@@ -98,6 +101,15 @@ def memory_accounting(*, limit_mib: int, rounds: int) -> Tables:
         "filesystems": pd.DataFrame(filesystems),
         "hierarchy": pd.DataFrame([{"version": version}]),
     }
+
+
+def _wait_until_freed(group: MemoryGroup, below_bytes: int) -> None:
+    """Wait for the kernel, which frees a map that nobody has any more in its own time."""
+    deadline = time.monotonic() + _LIMIT_S
+    while group.used_bytes() >= below_bytes:
+        if time.monotonic() > deadline:
+            raise TimedOut("The maps of the round before are charged to their group still.")
+        time.sleep(0.01)
 
 
 def _filesystem(path: str) -> str:
