@@ -27,8 +27,8 @@ def poll_interval(run: Run) -> Finding:
     return Finding(
         run.experiment,
         f"Polled every {longest:g} ms, a change was seen {mean:.3g} ms late in the mean, "
-        f"{ratio:.2f} of the period in the median, and {broken[-1]} changes were never seen. Ring buffer events "
-        f"missed {fixed}, at a median of {events:.2g} ms.",
+        f"{ratio:.2f} of the period in the median, and {broken[-1]} changes were never seen. Ring "
+        f"buffer events missed {fixed}, at a median of {events:.2g} ms.",
         (
             Check(
                 "the median delay is about half the longest period",
