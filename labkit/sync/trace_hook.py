@@ -40,10 +40,7 @@ _HASH: Final = {
     "htab_map_lookup_and_delete_elem": "on_take",
     "htab_map_lookup_and_delete_batch": "on_take_batch",
 }
-# Kernel functions that change a map, and the program of bpf/trace_hook_functions.bpf.c for each.
-# A helper is compiled into a call of the type's own function, so that bpf_map_update_elem itself
-# is passed by next to nobody; what per-CPU maps and maps of maps do for bpf(2) has its own.
-_FUNCTIONS: Final[dict[MapKind, dict[str, str]]] = {
+FUNCTIONS: Final[dict[MapKind, dict[str, str]]] = {
     MapKind.HASH: _HASH,
     MapKind.LRU_HASH: {name.replace("htab", "htab_lru"): to for name, to in _HASH.items()},
     MapKind.ARRAY: {"array_map_update_elem": "on_update"},
@@ -75,7 +72,11 @@ _FUNCTIONS: Final[dict[MapKind, dict[str, str]]] = {
         "htab_map_delete_elem": "on_delete",
     },
 }
+"""Kernel functions that change a map, and the program of bpf/trace_hook_functions.bpf.c for each.
 
+A helper is compiled into a call of the type's own function, so that ``bpf_map_update_elem`` itself
+is passed by next to nobody; what per-CPU maps and maps of maps do for bpf(2) has its own.
+"""
 
 # r0 = 0; exit
 _DOES_NOTHING: Final = bytes([0xB7, *[0] * 7, 0x95, *[0] * 7])
@@ -147,10 +148,10 @@ class Hooks:
         wakeup_at: int = 1,
     ) -> None:
         _check_mechanism(mechanism)
-        if table.kind not in _FUNCTIONS:
+        if table.kind not in FUNCTIONS:
             raise BadInput(
                 f"Changes of a {table.kind.name.lower()} cannot be hooked; those of "
-                f"{', '.join(kind.name.lower() for kind in _FUNCTIONS)} can."
+                f"{', '.join(kind.name.lower() for kind in FUNCTIONS)} can."
             )
         self.mechanism = best_mechanism() if mechanism is None else mechanism
         self.refused: dict[str, str] = {}
@@ -221,7 +222,7 @@ class Hooks:
         if by_kprobe:
             constants["BY_KPROBE"] = 1
         unit = self._open.enter_context(programs.load("trace_hook_functions", **constants))
-        for name, program in _FUNCTIONS[kind].items():
+        for name, program in FUNCTIONS[kind].items():
             if by_kprobe and program.startswith("on_take"):
                 continue  # what was taken is known only when the function returns
             try:

@@ -233,7 +233,7 @@ def test_every_hooked_function_is_one_of_this_kernel(table: Map) -> None:
     from labkit.kernel.libbpf import AttachType
     from labkit.sync import trace_hook
 
-    for functions in trace_hook._FUNCTIONS.values():
+    for functions in trace_hook.FUNCTIONS.values():
         for name, program in functions.items():
             if program.startswith("on_update"):
                 libbpf.vmlinux_function_id(name, AttachType.TRACE_FEXIT)
