@@ -18,11 +18,13 @@ from labkit.analysis.findings import FindingFailed
 from labkit.analysis.predicates import BadPredicate, decide, figure, reference
 from labkit.analysis.runs import RECORDED, Run, Triad
 from labkit.errors import BadInput
-from labkit.failures.experiment import catalogue
+from labkit.failures.experiment import Experiment, catalogue
 
 CLAIMS = claims.read()
 
-# What was found by hand, before there was a lab.
+# What each claim should come to on both kernels. Most was found by hand before there was a lab; not
+# so 4.4a to 4.4d, 5.2a to 5.2d and 5.3, which ask for figures that only the benchmark has, and the
+# lettered parts of chapter 1, which were cut out of what was found by hand.
 KNOWN = {
     "1.1": FALSE, "1.2": DEPENDS, "1.2a": DEPENDS, "1.2b": DEPENDS, "1.2c": DEPENDS,
     "1.2d": DEPENDS, "1.3": DEPENDS, "1.3a": DEPENDS, "1.3b": DEPENDS, "1.3c": FALSE,
@@ -34,7 +36,7 @@ KNOWN = {
     "2.2d": DEPENDS, "2.3": FALSE, "2.4": DEPENDS, "2.5a": DEPENDS, "2.5b": FALSE,
     "2.5c": FALSE,
     "3.1a": DEPENDS, "3.1b": DEPENDS, "3.1c": FALSE, "3.2": TRUE, "3.3": DEPENDS,
-    "4.1": DEPENDS, "4.2": DEPENDS, "4.3": DEPENDS, "4.4a": FALSE, "4.4b": DEPENDS,
+    "4.1": DEPENDS, "4.2": DEPENDS, "4.3a": FALSE, "4.3b": DEPENDS, "4.4a": FALSE, "4.4b": DEPENDS,
     "4.4c": DEPENDS, "4.4d": TRUE, "4.4e": UNTESTABLE,
     "5.1": FALSE, "5.2a": FALSE, "5.2b": TRUE, "5.2c": UNTESTABLE, "5.2d": FALSE, "5.3": TRUE,
     "5.4": TRUE, "5.5": DEPENDS, "5.6": FALSE, "5.7": FALSE, "5.8": UNTESTABLE,
@@ -394,6 +396,12 @@ def test_a_claim_has_an_experiment_that_exists_or_a_reason(one: Claim) -> None:
 def test_recorded_runs_agree_with_what_is_known(one: Claim, kernel: str) -> None:
     found = LEDGER.verdicts[one.id, kernel].word
     assert found == KNOWN[one.id] or found == NOT_RUN, LEDGER.verdicts[one.id, kernel]
+
+
+@pytest.mark.parametrize("one", catalogue().values(), ids=list(catalogue()))
+def test_an_experiment_bears_on_claims_that_exist(one: Experiment) -> None:
+    ids = [claim.id for claim in CLAIMS]
+    assert all(any(id.startswith(named) for id in ids) for named in one.claims)
 
 
 def test_every_claim_that_can_be_tested_was() -> None:
