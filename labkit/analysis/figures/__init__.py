@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import pandas as pd
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from labkit.analysis import style
 from labkit.analysis.registry import Registry
@@ -148,6 +149,68 @@ def anomaly_rates(run: Run, *, ax: Axes | None = None) -> Axes:
         handletextpad=0.2,
     )  # fmt: skip
     return ax
+
+
+def times_of_changes(ax: Axes, costs: pd.DataFrame, *, unit: str, unit_ns: float) -> None:
+    """Draw how long changes took: the median, and from 5 % to 95 %, on a logarithmic axis.
+
+    Parameters
+    ----------
+    ax
+        Where to draw.
+    costs
+        One row for each change that was timed: ``change`` and ``series`` (text; a row of the axes,
+        and a look of its own), ``ns``.
+    unit
+        Of the axis, in words: ``"µs per change"``.
+    unit_ns
+        The same in nanoseconds.
+    """
+    changes, several = list(costs["change"].unique()), list(costs["series"].unique())
+    for place, series in enumerate(several):
+        look = style.look(place)
+        shift = 0.8 / (len(several) + 1) * (place - (len(several) - 1) / 2)
+        some = costs[costs["series"] == series]
+        for y, change in enumerate(changes):
+            low, middle, high = np.percentile(
+                some.loc[some["change"] == change, "ns"] / unit_ns, [5, 50, 95]
+            )
+            ax.errorbar(
+                middle, y + shift, xerr=[[middle - low], [high - middle]],
+                label=series if y == 0 else None, **look.points(),
+            )  # fmt: skip
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(numticks=8))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_yticks(range(len(changes)), [one.replace(", ", ",\n", 1) for one in changes], fontsize=6)
+    ax.set_ylim(len(changes) - 0.5, -0.5)
+    ax.set_xlabel(f"{unit}: median, 5 % to 95 %", loc="right")
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, columnspacing=0.8,
+              handletextpad=0.1)  # fmt: skip
+
+
+def shares_missed(ax: Axes, follows: pd.DataFrame, look: dict[str, Any], label: str) -> None:
+    """Draw the share of changes that was never seen against the period, with 95 % intervals.
+
+    Parameters
+    ----------
+    ax
+        Where to draw.
+    follows
+        One row for each period: ``period_ms``, ``missed``, ``changes``.
+    look
+        Of the line.
+    label
+        Its name in the legend.
+    """
+    rates = [
+        wilson(int(missed), int(changes))
+        for missed, changes in zip(follows["missed"], follows["changes"], strict=True)
+    ]
+    estimate = np.array([rate.estimate for rate in rates])
+    spread = [estimate - [one.low for one in rates], [one.high for one in rates] - estimate]
+    ax.errorbar(follows["period_ms"], estimate, yerr=np.clip(spread, 0, None), label=label, **look)
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
 
 
 def broken_at_commas(ax: Axes) -> None:

@@ -6,12 +6,11 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, PercentFormatter
+from matplotlib.ticker import NullLocator
 
 from labkit.analysis import style
-from labkit.analysis.figures import draws
+from labkit.analysis.figures import draws, shares_missed
 from labkit.analysis.runs import Run
-from labkit.analysis.statistics import wilson
 
 _CURVES = 5  # periods drawn as distributions; more would hide each other
 
@@ -56,30 +55,17 @@ def _delays(ax: Axes, run: Run) -> None:
 
 def _missed(ax: Axes, run: Run) -> None:
     follows = run.table("follows")
-    for variant in ("broken", "fixed"):
-        rows = follows[follows["variant"] == variant]
-        rates = [
-            wilson(int(missed), int(changes))
-            for missed, changes in zip(rows["missed"], rows["changes"], strict=True)
-        ]
-        estimate = np.array([rate.estimate for rate in rates])
-        spread = [
-            estimate - [rate.low for rate in rates],
-            np.array([rate.high for rate in rates]) - estimate,
-        ]
-        if variant == "broken":
-            ax.errorbar(rows["period_ms"], estimate, yerr=np.clip(spread, 0, None),
-                        **style.VARIANT[variant].line(), label="poll")  # fmt: skip
-        else:
-            ax.axhline(float(estimate[0]), color=style.GREEN, ls="-.", label="ring buffer events")
+    polled = follows[follows["variant"] == "broken"]
+    shares_missed(ax, polled, style.VARIANT["broken"].line(), "poll")
+    events = follows[follows["variant"] == "fixed"]
+    ax.axhline(float((events["missed"] / events["changes"]).iloc[0]), color=style.GREEN, ls="-.",
+               label="ring buffer events")  # fmt: skip
     ax.set_xscale("log")
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set_ylim(-0.05, 1)
     gap = float(str(run.parameters["gap_ms"]))
     ax.axvline(gap, color=style.GREY, lw=0.8, ls=":")
     ax.annotate("mean gap", (gap, 0.9), xytext=(2, 0), textcoords="offset points", fontsize=6)
-    polled = follows[follows["variant"] == "broken"]["period_ms"]
-    ax.set_xticks(polled, [f"{period:g}" for period in polled])
+    ax.set_xticks(polled["period_ms"], [f"{period:g}" for period in polled["period_ms"]])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("poll interval T (ms)")
     ax.set_ylabel("changes never seen")

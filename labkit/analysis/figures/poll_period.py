@@ -8,12 +8,10 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from labkit.analysis import style
-from labkit.analysis.figures import draws
+from labkit.analysis.figures import draws, shares_missed
 from labkit.analysis.runs import Run
-from labkit.analysis.statistics import wilson
 
 _EVENTS: dict[str, Any] = {"color": style.GREEN, "ls": "-."}
 
@@ -63,18 +61,13 @@ def _delay(ax: Axes, run: Run) -> None:
 def _missed(ax: Axes, run: Run) -> None:
     follows = run.table("follows")
     rows = follows[follows["variant"] == "broken"]
-    rates = [wilson(int(m), int(n)) for m, n in zip(rows["missed"], rows["changes"], strict=True)]
-    estimate = np.array([rate.estimate for rate in rates])
-    spread = [estimate - [r.low for r in rates], np.array([r.high for r in rates]) - estimate]
-    ax.errorbar(rows["period_ms"], estimate, yerr=np.clip(spread, 0, None),
-                **style.look(0).line(), label="poll")  # fmt: skip
+    shares_missed(ax, rows, style.look(0).line(), "poll")
     gap = float(str(run.parameters["gap_ms"]))
     period = np.geomspace(rows["period_ms"].min(), rows["period_ms"].max(), 200)
     law = 1 - gap / period * (1 - np.exp(-period / gap))
     ax.plot(period, law, color=style.GREY, lw=2.5, alpha=0.35, label=f"law, mean gap {gap:g} ms")
     events = follows[follows["variant"] == "fixed"]
     ax.axhline(float(events["missed"].sum() / events["changes"].sum()), **_EVENTS, label="events")
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set_ylim(-0.05, 1.05)
     ax.set_ylabel("versions never seen")
     ax.legend(loc="upper left")

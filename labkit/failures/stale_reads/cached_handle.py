@@ -114,15 +114,12 @@ def cached_handle(*, recreations: int, writes: int, packets: int) -> Tables:
                 rows.append({"variant": variant, "case": case, **row})
     table = pd.DataFrame(rows)
     triad = Triad("cut off")
-    for variant, case, *_ in _SETTINGS:
-        group = table[table["case"] == case]
-        triad.add(
-            variant,
-            case=case,
-            operations=int(group["sent"].sum()),
-            anomalies=int(group["cut_off"].sum()),
-            cost_ns=float(group["write_ns"].median()),
-        )
+    triad.add_cases(
+        table,
+        operations=table["sent"],
+        anomalies=table["cut_off"],
+        cost_ns=table["write_ns"],
+    )
     return {"counts": triad.table(), "recreations": table}
 
 

@@ -72,15 +72,12 @@ def padded_key(*, keys: int, rounds: int) -> Tables:
                 examples += [{"case": case, **_described(*key)} for key in stored[:4]]
     table = pd.DataFrame(rows)
     triad = Triad("hidden key")
-    for variant, case, *_ in _SETTINGS:
-        group = table[table["case"] == case]
-        triad.add(
-            variant,
-            case=case,
-            operations=int(group["written"].sum()),
-            anomalies=int((group["written"] - group["found_by_program"]).sum()),
-            cost_ns=float(group["write_ns"].median()),
-        )
+    triad.add_cases(
+        table,
+        operations=table["written"],
+        anomalies=table["written"] - table["found_by_program"],
+        cost_ns=table["write_ns"],
+    )
     return {"counts": triad.table(), "rounds": table, "examples": pd.DataFrame(examples)}
 
 

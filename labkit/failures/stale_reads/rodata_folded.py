@@ -72,15 +72,12 @@ def rodata_folded(*, runs: int, rounds: int) -> Tables:
             rows.append({"variant": variant, "case": case, "round": turn, **row})
     table = pd.DataFrame(rows)
     triad = Triad("stale decision")
-    for variant, case, *_ in _SETTINGS:
-        group = table[table["case"] == case]
-        triad.add(
-            variant,
-            case=case,
-            operations=int((group["allowed"] + group["denied"]).sum()),
-            anomalies=int(group["allowed"].sum()),
-            cost_ns=float(group["run_ns"].median()),
-        )
+    triad.add_cases(
+        table,
+        operations=table["allowed"] + table["denied"],
+        anomalies=table["allowed"],
+        cost_ns=table["run_ns"],
+    )
     return {"counts": triad.table(), "rounds": table}
 
 

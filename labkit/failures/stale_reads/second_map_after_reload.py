@@ -75,15 +75,12 @@ def second_map_after_reload(*, changes: int, packets: int, rounds: int) -> Table
             rows.append({"variant": variant, "case": case, "round": turn, **row})
     table = pd.DataFrame(rows)
     triad = Triad("stale decision")
-    for variant, case, *_ in _SETTINGS:
-        group = table[table["case"] == case]
-        triad.add(
-            variant,
-            case=case,
-            operations=int(group["sent"].sum()),
-            anomalies=int(group["against_policy"].sum()),
-            cost_ns=float(group["change_ns"].median()),
-        )
+    triad.add_cases(
+        table,
+        operations=table["sent"],
+        anomalies=table["against_policy"],
+        cost_ns=table["change_ns"],
+    )
     return {"counts": triad.table(), "rounds": table}
 
 
