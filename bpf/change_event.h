@@ -29,6 +29,33 @@ struct change_counts {
 	u64 dropped;
 };
 
+/* An event of which all but key and value stands; NULL, and counted, where it finds no room. */
+static inline struct change_event *begin_change(struct change_counts *counts, u8 kind, u64 version)
+{
+	struct change_event *event = bpf_ringbuf_reserve(RING, sizeof(*event), 0);
+
+	if (!event) {
+		__sync_fetch_and_add(&counts->dropped, 1);
+		return NULL;
+	}
+	event->seq = counts->emitted + counts->dropped;
+	event->version = version;
+	event->committed_ns = bpf_ktime_get_ns();
+	event->kind = kind;
+	event->program = PROGRAM;
+	event->cpu = bpf_get_smp_processor_id();
+	event->dropped = counts->dropped;
+	return event;
+}
+
+static inline void end_change(struct change_counts *counts, struct change_event *event)
+{
+	u64 seq = event->seq;
+
+	__sync_fetch_and_add(&counts->emitted, 1);
+	bpf_ringbuf_submit(event, wakeup(seq));
+}
+
 /* Call it once the map has taken the change; value is NULL for a delete. Dropped is what finds no
  * room: the follower sees the count move, and reads the map instead.
  */
@@ -37,30 +64,18 @@ static inline void emit_change(u8 kind, KEY *key, VALUE *value, u64 version)
 	u32 program = PROGRAM;
 	struct change_counts *counts = bpf_map_lookup_elem_(COUNTS, &program);
 	struct change_event *event;
-	u64 seq;
 
 	if (!counts)
 		return;
-	event = bpf_ringbuf_reserve(RING, sizeof(*event), 0);
-	if (!event) {
-		__sync_fetch_and_add(&counts->dropped, 1);
+	event = begin_change(counts, kind, version);
+	if (!event)
 		return;
-	}
-	seq = counts->emitted + counts->dropped;
-	event->seq = seq;
-	event->version = version;
-	event->committed_ns = bpf_ktime_get_ns();
-	event->kind = kind;
-	event->program = PROGRAM;
-	event->cpu = bpf_get_smp_processor_id();
-	event->dropped = counts->dropped;
 	event->key = *key;
 	if (value)
 		event->value = *value;
 	else
 		__builtin_memset(&event->value, 0, sizeof(event->value));
-	__sync_fetch_and_add(&counts->emitted, 1);
-	bpf_ringbuf_submit(event, wakeup(seq));
+	end_change(counts, event);
 }
 
 #endif

@@ -59,22 +59,10 @@ static inline void count_torn(struct counts *seen, u64 differ)
 		__sync_fetch_and_add(&seen->torn, 1);
 }
 
-int read_array(void *ctx)
+static inline int read(struct value *value)
 {
 	int zero = 0;
 	struct counts *seen = counts.lookup(&zero);
-	struct value *value = in_array.lookup(&zero);
-
-	if (seen && value)
-		count_torn(seen, differing(value->word));
-	return 0;
-}
-
-int read_hash(void *ctx)
-{
-	int zero = 0;
-	struct counts *seen = counts.lookup(&zero);
-	struct value *value = in_hash.lookup(&zero);
 
 	if (seen && value)
 		count_torn(seen, differing(value->word));
@@ -83,51 +71,10 @@ int read_hash(void *ctx)
 	return 0;
 }
 
-int read_percpu_array(void *ctx)
+static inline int read_locked(struct locked_value *value)
 {
 	int zero = 0;
 	struct counts *seen = counts.lookup(&zero);
-	struct value *value = in_percpu_array.lookup(&zero);
-
-	if (seen && value)
-		count_torn(seen, differing(value->word));
-	return 0;
-}
-
-int read_percpu_hash(void *ctx)
-{
-	int zero = 0;
-	struct counts *seen = counts.lookup(&zero);
-	struct value *value = in_percpu_hash.lookup(&zero);
-
-	if (seen && value)
-		count_torn(seen, differing(value->word));
-	else if (seen)
-		__sync_fetch_and_add(&seen->absent, 1);
-	return 0;
-}
-
-int read_locked_array(void *ctx)
-{
-	int zero = 0;
-	struct counts *seen = counts.lookup(&zero);
-	struct locked_value *value = locked_array.lookup(&zero);
-	u64 differ;
-
-	if (!seen || !value)
-		return 0;
-	bpf_spin_lock(&value->lock);
-	differ = differing(value->word);
-	bpf_spin_unlock(&value->lock);
-	count_torn(seen, differ);
-	return 0;
-}
-
-int read_locked_hash(void *ctx)
-{
-	int zero = 0;
-	struct counts *seen = counts.lookup(&zero);
-	struct locked_value *value = locked_hash.lookup(&zero);
 	u64 differ;
 
 	if (!seen)
@@ -141,6 +88,48 @@ int read_locked_hash(void *ctx)
 	bpf_spin_unlock(&value->lock);
 	count_torn(seen, differ);
 	return 0;
+}
+
+int read_array(void *ctx)
+{
+	int zero = 0;
+
+	return read(in_array.lookup(&zero));
+}
+
+int read_hash(void *ctx)
+{
+	int zero = 0;
+
+	return read(in_hash.lookup(&zero));
+}
+
+int read_percpu_array(void *ctx)
+{
+	int zero = 0;
+
+	return read(in_percpu_array.lookup(&zero));
+}
+
+int read_percpu_hash(void *ctx)
+{
+	int zero = 0;
+
+	return read(in_percpu_hash.lookup(&zero));
+}
+
+int read_locked_array(void *ctx)
+{
+	int zero = 0;
+
+	return read_locked(locked_array.lookup(&zero));
+}
+
+int read_locked_hash(void *ctx)
+{
+	int zero = 0;
+
+	return read_locked(locked_hash.lookup(&zero));
 }
 
 // A version at each end, and a checksum (FNV-1a, word by word) over the first of them and the
@@ -180,14 +169,7 @@ int read_checked_array(void *ctx)
 int read_published(void *ctx)
 {
 	int zero = 0;
-	struct counts *seen = counts.lookup(&zero);
 	void *published = outer.lookup(&zero);
-	struct value *value;
 
-	if (!seen || !published)
-		return 0;
-	value = bpf_map_lookup_elem(published, &zero);
-	if (value)
-		count_torn(seen, differing(value->word));
-	return 0;
+	return published ? read(bpf_map_lookup_elem(published, &zero)) : 0;
 }

@@ -51,23 +51,12 @@ static inline void emit(u8 kind, enum memory memory, u64 key, u64 value)
 	u32 program = PROGRAM;
 	struct change_counts *counts = bpf_map_lookup_elem_(COUNTS, &program);
 	struct change_event *event;
-	u64 seq;
 
 	if (!counts)
 		return;
-	event = bpf_ringbuf_reserve(RING, sizeof(*event), 0);
-	if (!event) {
-		__sync_fetch_and_add(&counts->dropped, 1);
+	event = begin_change(counts, kind, 0);
+	if (!event)
 		return;
-	}
-	seq = counts->emitted + counts->dropped;
-	event->seq = seq;
-	event->version = 0;
-	event->committed_ns = bpf_ktime_get_ns();
-	event->kind = kind;
-	event->program = PROGRAM;
-	event->cpu = bpf_get_smp_processor_id();
-	event->dropped = counts->dropped;
 	if (copy(memory, &event->key, sizeof(event->key), key) ||
 	    (kind == CHANGE_UPDATE && copy(memory, &event->value, sizeof(event->value), value))) {
 		// The writer's memory is gone already, or another thread of it has changed it.
@@ -79,8 +68,7 @@ static inline void emit(u8 kind, enum memory memory, u64 key, u64 value)
 		__builtin_memset(&event->value, 0, sizeof(event->value));
 	if (value)
 		copy(memory, &event->version, VERSION_SIZE, value + VERSION_AT);
-	__sync_fetch_and_add(&counts->emitted, 1);
-	bpf_ringbuf_submit(event, wakeup(seq));
+	end_change(counts, event);
 }
 
 /* Arrays of keys and values in user memory, as the batch calls take them; values may be 0. */
