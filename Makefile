@@ -18,13 +18,15 @@ setup: ## install what is missing: Debian packages, headers, the Python environm
 report: setup ## run every notebook on this kernel, write reports/index.html (PROFILE=quick or full)
 	@$(ENTER) $(PYTHON) -m labkit report --profile $(PROFILE)
 
-test: setup ## every check and every test (PYTEST_ARGS=... for pytest); installs Chromium for it
+test: setup ## every check and every test (PYTEST_ARGS=... for pytest); installs Chromium, QEMU and Vagrant for it
 	@provision/browser-packages.sh
+	@provision/vm-packages.sh vagrant vagrant-libvirt || \
+	echo "lab: so the tests of what may go wrong with the VM are skipped" >&2
 	@checks=0; provision/lint.sh || checks=1; \
 	$(ENTER) $(PYTHON) -m pytest $(PYTEST_ARGS) || exit $$?; \
 	if [ $$checks != 0 ]; then echo "lab: the tests pass, but checks above failed" >&2; exit 1; fi
 
-lint: setup ## the checks alone: ruff, mypy, import rules, notebooks
+lint: setup ## the checks alone: ruff, mypy, import rules, workflow, notebooks
 	@provision/lint.sh
 
 lab: setup ## JupyterLab on 127.0.0.1, with a new token

@@ -257,7 +257,10 @@ def _parser() -> argparse.ArgumentParser:
         help="a parameter that differs from the profile's; the value is JSON",
     )  # fmt: skip
     run.add_argument(
-        "--time-limit", type=float, metavar="S", help="seconds until an experiment is stopped"
+        "--time-limit",
+        type=float,
+        metavar="S",
+        help="seconds until an experiment is stopped; ten times as many where the CPU is emulated",
     )
     run.add_argument("--folder", help="folder of runs (default: runs of the checkout)")
     run.add_argument(

@@ -11,6 +11,7 @@ from labkit.analysis import runs
 from labkit.analysis.runs import Run
 from labkit.errors import BadInput
 from labkit.failures.experiment import find
+from labkit.kernel.provenance import emulated
 from labkit.worker import Say, Worker
 
 RUNS = Path(__file__).resolve().parents[1] / "runs"
@@ -18,6 +19,8 @@ RUNS = Path(__file__).resolve().parents[1] / "runs"
 
 TIME_LIMIT_S = {"quick": 120.0, "full": 900.0}
 """Bound for one experiment, seconds."""
+
+_EMULATED = 10  # times as slow, or worse, is a CPU whose instructions are emulated
 
 
 def measure(
@@ -42,7 +45,8 @@ def measure(
     folder : Path
         Folder of runs.
     time_limit_s : float, optional
-        Seconds until the worker is killed; by default `TIME_LIMIT_S` of the profile.
+        Seconds until the worker is killed, by default `TIME_LIMIT_S` of the profile; times
+        `patience`.
     say : callable, optional
         Gets each line of progress; without it they go to standard error.
 
@@ -68,6 +72,7 @@ def measure(
     limit = TIME_LIMIT_S[profile] if time_limit_s is None else time_limit_s
     if not limit > 0:
         raise BadInput(f"A time limit is a number of seconds above 0, not {limit!r}.")
+    limit *= patience()
     check_writable(Path(folder))
     order = {
         "experiment": experiment,
@@ -77,6 +82,11 @@ def measure(
     }
     with Worker(f"{__name__}:saved", order, name=experiment) as worker:
         return runs.load(Path(worker.answer(limit, say)))
+
+
+def patience() -> int:
+    """How many times as long as usual work may take: 10 where the CPU is emulated, else 1."""
+    return _EMULATED if emulated() else 1
 
 
 def saved(experiment: str, profile: str, changed: Mapping[str, Any], folder: str) -> str:

@@ -87,7 +87,8 @@ class Investigation:
         Parameters that differ from the profile's, by experiment id:
         ``{"transient-null": {"rounds": 5}}``.
     time_limit_s : float, optional
-        Bound for each experiment, seconds; by default the profile's.
+        Bound for each experiment, seconds, by default the profile's; times
+        `labkit.measure.patience`.
 
     Raises
     ------

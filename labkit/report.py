@@ -31,6 +31,7 @@ from labkit.analysis.runs import PARTIAL, PROFILES, REPLACED
 from labkit.errors import BadInput, LabError
 from labkit.failures.experiment import catalogue
 from labkit.kernel import leftovers
+from labkit.measure import patience
 from labkit.notebook import FINDING_MIME, KEY_FIGURE, Outcome
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -95,7 +96,8 @@ def make_report(
     parameters : mapping, optional
         Further parameters of every notebook.
     time_limit_s : float, optional
-        Bound for one notebook, seconds; by default `TIME_LIMIT_S` of the profile.
+        Bound for one notebook, seconds, by default `TIME_LIMIT_S` of the profile; times
+        `labkit.measure.patience`.
     say : callable
         Gets what goes on now, to be written over by the next.
     done : callable
@@ -122,7 +124,7 @@ def make_report(
         raise BadInput(f"There are no notebooks in {notebooks}.")
     given = {**_parameters(notebooks / "params" / f"{profile}.yaml"), **(parameters or {})}
     _check_parameters(files, given)
-    limit = TIME_LIMIT_S[profile] if time_limit_s is None else time_limit_s
+    limit = (TIME_LIMIT_S[profile] if time_limit_s is None else time_limit_s) * patience()
     folder = folder.absolute()
     try:
         with _building(folder) as partial:

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from labkit.errors import BadInput, LabError, TimedOut, Unavailable
+from labkit.kernel.leftovers import start_time
 from labkit.kernel.parallel import die_with_parent
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -181,15 +182,15 @@ def booted(say: Callable[[str], None], *, limit_s: float = BOOT_LIMIT_S) -> Iter
     """
     image = _image()
     accelerator = _accelerator(image, say)
-    _remove_dead()
-    if shutil.disk_usage(CHECKOUT).free < _NEED_BYTES:
+    remove_dead()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(STATE).free < _NEED_BYTES:
         raise Unavailable(
             f"A running VM may write {_NEED_BYTES >> 30} GiB to this disk, and less is free: free "
             "some space."
         )
     folder = STATE / f"run-{os.getpid()}"
-    folder.mkdir(parents=True)
-    RESULTS.mkdir(exist_ok=True)
+    folder.mkdir()
     try:
         _make_key(folder, image)
         port = free_port()
@@ -210,7 +211,7 @@ def running() -> Machine | None:
     found = sorted(STATE.glob("run-*/machine.json"), key=lambda path: path.stat().st_mtime)
     for path in reversed(found):
         machine = Machine(**json.loads(path.read_text()))
-        if _alive(machine.pid):
+        if start_time(machine.pid) is not None:
             return machine
     return None
 
@@ -384,20 +385,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _remove_dead() -> None:
-    """Remove the folders of VMs whose holder was killed."""
+def remove_dead() -> None:
+    """Remove the folders of VMs of this checkout whose holder was killed."""
     for folder in STATE.glob("run-*"):
-        if not _alive(int(folder.name.removeprefix("run-"))):
+        if start_time(int(folder.name.removeprefix("run-"))) is None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -419,7 +410,13 @@ def _accelerator_only(arguments: argparse.Namespace) -> int:
 
 
 def _test(arguments: argparse.Namespace) -> int:
-    """Run the tests and the experiments that are for the full kernel; the worst exit status."""
+    """Run the tests and the experiments that are for the full kernel; the worst exit status.
+
+    Raises
+    ------
+    TimedOut
+        All that is left of `TEST_LIMIT_S` has passed.
+    """
     deadline = time.monotonic() + TEST_LIMIT_S
     statuses = []
     with booted(_say) as machine:
@@ -428,11 +425,7 @@ def _test(arguments: argparse.Namespace) -> int:
             ("experiments", f"{_LABKIT} run {' '.join(_for_full_kernel())} --folder /results/runs"),
         ):
             start = time.monotonic()
-            try:
-                status = machine.run(command, timeout_s=max(1.0, deadline - start))
-            except TimedOut as error:
-                _say(str(error))
-                status = 1
+            status = machine.run(command, timeout_s=max(1.0, deadline - start))
             statuses.append(status)
             took = time.monotonic() - start
             _say(f"{name}: {'passed' if status == 0 else f'exit status {status}'} in {took:.0f} s")
@@ -462,7 +455,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _clean(arguments: argparse.Namespace) -> int:
-    _remove_dead()
+    remove_dead()
     if machine := running():
         raise BadInput(f"A VM of this checkout runs (process {machine.pid}): end it first.")
     for folder in (STATE / "images", RESULTS):

@@ -23,6 +23,7 @@ check "ruff check" ruff check --quiet .
 check "ruff format" ruff format --quiet --check .
 check "mypy" mypy --no-error-summary
 check "import rules" lint-imports --no-logo
+check "workflow" check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 check "notebooks stripped" nbstripout --verify --keep-id notebooks/*.ipynb
 
 ((${#failed[@]} == 0)) || die "These checks failed: ${failed[*]}"

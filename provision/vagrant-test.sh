@@ -7,17 +7,8 @@
 
 cd "$LAB_ROOT"
 ((EUID == 0)) || die "This test starts libvirt's daemons: run it as root."
-mapfile -t missing < <(missing_of vagrant vagrant-libvirt libvirt-daemon-system libvirt-clients \
-    dnsmasq-base iptables rsync)
-install_vagrant() {
-    apt_update
-    apt_install "${missing[@]}"
-}
-if ((${#missing[@]} > 0)); then
-    with_progress "$LAB_STATE/vagrant-apt.log" "Installing ${missing[*]}" install_vagrant
-fi
-
-provision/vm-packages.sh
+provision/vm-packages.sh vagrant vagrant-libvirt libvirt-daemon-system libvirt-clients dnsmasq-base \
+    iptables
 image=$(provision/vm-image.sh)
 LAB_VM_ACCEL=$(.venv/bin/python -m labkit.vm accelerator)
 LAB_PORT=$(.venv/bin/python -c 'from labkit import vm; print(vm.free_port())')
@@ -26,12 +17,21 @@ work=$(mktemp -d "$LAB_STATE/vagrant.XXXXXX")
 export LAB_VM_ACCEL LAB_PORT LAB_VM_BOX=map-freshness-lab-test
 export VAGRANT_HOME=$work/home VAGRANT_DOTFILE_PATH=$work/state
 export VAGRANT_DEFAULT_PROVIDER=libvirt VAGRANT_CHECKPOINT_DISABLE=1
-daemons=()
-
 step() { say "$1 ($((SECONDS)) s)"; }
 
-# What a VM of libvirt can leave behind, one a line.
-traces() {
+# Rules and chains of libvirt's in the firewall: each line is the command that makes it.
+firewall() {
+    local tool
+    for tool in iptables ip6tables; do
+        "$tool-save" 2>/dev/null | awk -v tool="$tool" '
+            /^\*/ { table = substr($1, 2) }
+            /^:LIBVIRT_/ { print tool, "-t", table, "-N", substr($1, 2) }
+            /^-A .*LIBVIRT_/ { print tool, "-t", table, $0 }'
+    done
+}
+
+# What a VM of libvirt can leave behind, one a line: in libvirt, ...
+libvirt_traces() {
     {
         virsh -q list --all --name | sed 's/^/domain /'
         virsh -q net-list --all --name | sed 's/^/network /'
@@ -40,14 +40,23 @@ traces() {
             echo "pool $pool"
             virsh -q vol-list "$pool" | awk -v pool="$pool" '{ print "volume", pool, $1 }'
         done
-        iptables-save 2>/dev/null | grep -E '^-A .*(LIBVIRT|virbr)' | sed 's/^/rule /' || true
+    } | sed '/ $/d' | sort
+}
+
+# ... and in this machine; in its firewall no more than the daemons that are started here.
+machine_traces() {
+    {
+        if [[ $start == yes ]]; then
+            firewall
+            echo "forwarding $(</proc/sys/net/ipv4/ip_forward)"
+            pgrep -a '^(libvirtd|virtlogd)$' || true
+        fi
         ip -o link | awk -F': ' '{ print "interface", $2 }' | grep -E 'virbr|vnet' || true
-        pgrep -a 'qemu-system|dnsmasq' | grep -E "$LAB_VM_BOX|vagrant-libvirt" | sed 's/^/process /' || true
-    } | grep -v ' $' | sort
+        pgrep -a 'qemu-system|dnsmasq' | grep -E "$LAB_VM_BOX|vagrant-libvirt" || true
+    } | sort
 }
 
 start_daemons() {
-    virsh -q list >/dev/null 2>&1 && return
     # libvirt runs QEMU as a user of its own; where /dev/kvm is root's alone it then looks at QEMU
     # anew with each call, 50 s each when emulated. Settings for these daemons alone: the mount is
     # seen by nobody else.
@@ -56,7 +65,6 @@ start_daemons() {
         mount --bind '$work/qemu.conf' /etc/libvirt/qemu.conf
         virtlogd -d -p '$work/virtlogd.pid'
         libvirtd -d -p '$work/libvirtd.pid'"
-    daemons=("$work/libvirtd.pid" "$work/virtlogd.pid")
     local tries
     for tries in $(seq 100); do
         virsh -q list >/dev/null 2>&1 && return
@@ -65,33 +73,55 @@ start_daemons() {
     die "libvirtd does not answer after $((tries / 5)) s."
 }
 
+# libvirtd leaves its rules, and forwarding switched on, when it ends.
+end_daemons() {
+    local file pid line
+    for file in "$work/libvirtd.pid" "$work/virtlogd.pid"; do
+        [[ -s $file ]] || continue
+        pid=$(<"$file")
+        kill "$pid" 2>/dev/null || true
+        timeout 20 tail --pid="$pid" --follow /dev/null || say "Process $pid does not end."
+    done
+    # Rules before chains, which must be empty. None has a word with a blank in it.
+    firewall | sort | comm -13 "$work/machine" - | sort --key=4,4 >"$work/rules"
+    while read -r line; do
+        line=${line/ -A / -D }
+        # shellcheck disable=SC2086
+        ${line/ -N / -X }
+    done <"$work/rules"
+    sed -n 's/^forwarding //p' "$work/machine" >/proc/sys/net/ipv4/ip_forward
+}
+
 remove_everything() {
     local status=$? volume
     trap - EXIT
-    vagrant destroy --force >>"$work/log" 2>&1 || true
+    timeout 300 vagrant destroy --force >>"$work/log" 2>&1 || true
     # The box, as a volume, outlives the machine by design; the pool and the network are libvirt's.
     while read -r volume; do
         virsh -q vol-delete --pool default "$volume" >/dev/null || true
     done < <(virsh -q vol-list default 2>/dev/null | awk -v box="$LAB_VM_BOX" 'index($1, box) { print $1 }')
-    if virsh -q net-info vagrant-libvirt >/dev/null 2>&1 && ! grep -q '^network vagrant-libvirt' "$work/before"; then
+    if virsh -q net-info vagrant-libvirt >/dev/null 2>&1 && ! grep -qx 'network vagrant-libvirt' "$work/libvirt"; then
         virsh -q net-destroy vagrant-libvirt >/dev/null 2>&1 || true
         virsh -q net-undefine vagrant-libvirt >/dev/null 2>&1 || true
     fi
-    if virsh -q pool-info default >/dev/null 2>&1 && ! grep -q '^pool default' "$work/before"; then
+    if virsh -q pool-info default >/dev/null 2>&1 && ! grep -qx 'pool default' "$work/libvirt"; then
         virsh -q pool-destroy default >/dev/null 2>&1 || true
         virsh -q pool-undefine default >/dev/null 2>&1 || true
     fi
-    traces >"$work/after"
-    if ! diff "$work/before" "$work/after" >"$work/left"; then
+    { diff "$work/libvirt" <(libvirt_traces) || true; } >"$work/left"
+    if [[ $start == yes ]]; then end_daemons; fi
+    { diff "$work/machine" <(machine_traces) || true; } >>"$work/left"
+    if [[ -s $work/left ]]; then
         say "Left behind:"
         cat "$work/left" >&2
         status=1
     fi
-    local file
-    for file in "${daemons[@]}"; do
-        if [[ -s $file ]]; then kill "$(cat "$file")" || true; fi
-    done
-    if ((status == 0)); then rm -rf "$work"; else say "The log is in $work/log"; fi
+    if ((status == 0)); then
+        rm -rf "$work"
+        step "passed, and nothing is left"
+    else
+        say "The log is in $work/log"
+    fi
     exit "$status"
 }
 
@@ -131,10 +161,14 @@ EOT
     rm "$work/box.img"
 }
 
-start_daemons
-traces >"$work/before"
+start=yes
+if virsh -q list >/dev/null 2>&1; then start=no; fi
+machine_traces >"$work/machine"
+: >"$work/libvirt"
 trap remove_everything EXIT
 trap 'exit 130' INT TERM
+if [[ $start == yes ]]; then start_daemons; fi
+libvirt_traces >"$work/libvirt"
 make_box
 vagrant box add --name "$LAB_VM_BOX" "$work/lab.box" >"$work/log" 2>&1 || die "The box cannot be added: see $work/log"
 rm "$work/lab.box"

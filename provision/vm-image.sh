@@ -123,8 +123,23 @@ finish() {
     rm -rf "$root" "$work/apt.list"
 }
 
+# watched PID COMMAND...: runs COMMAND in a process namespace, which the kernel ends with all that is
+# in it, mounts too, once PID has ended: a build that nobody waits for must not go on.
+watched() {
+    local owner=$1 status=0
+    shift
+    unshare --mount --pid --fork --kill-child "$@" &
+    local work=$!
+    tail --pid="$owner" --follow /dev/null &
+    local watch=$!
+    wait -n "$work" "$watch" || status=$?
+    kill -KILL "$work" "$watch" 2>/dev/null || true
+    return "$status"
+}
+
 case ${1:-} in
     --name) image_name; exit ;;
+    --watched) watched "$2" "$0" --build "$3" "$4"; exit ;;
     --build) build "$2" "$3"; exit ;;
     --customize) customize "$2" "$3"; exit ;;
     "") ;;
@@ -138,7 +153,10 @@ cache=$(cd "$cache" && pwd -P)
 image=$cache/$name
 # Two builds of one image at once: the second waits, then finds it.
 exec 8<"$cache"
-flock 8
+if ! flock --nonblock 8; then
+    say "Another build of a VM image is going on in $cache: waiting for it."
+    flock 8
+fi
 if [[ ! -d $image ]]; then
     [[ $(uname -m) == x86_64 ]] || die "The VM image is for x86-64 machines; this is $(uname -m)."
     can_be_root || die "Building the VM image needs root: run as root, or with sudo."
@@ -156,7 +174,10 @@ if [[ ! -d $image ]]; then
     part=$image.part
     mkdir -p "$part"
     with_progress "$LAB_STATE/vm-image.log" "Building the VM image (about two minutes)" \
-        as_root "$LAB_ROOT/provision/vm-image.sh" --build "$part" "$wheels"
+        as_root "$LAB_ROOT/provision/vm-image.sh" --watched $$ "$part" "$wheels" || {
+        as_root rm -rf "$part"
+        exit 1
+    }
     as_root chown -R "$(id -u):$(id -g)" "$part"
     sync -f "$part"
     mv -T "$part" "$image"

@@ -2,8 +2,8 @@
 
 ``LABKIT_KERNEL_TESTS`` has three states. Unset: try the kernel, and skip with the reason where it
 runs no BPF. ``0``: skip. ``1``: a skip is a failure, for machines that are known to run BPF; tests
-with a browser are held to that too. A test of a feature that this very kernel lacks asks
-`require_feature`, and is skipped in every state.
+with a browser, and of the VM, are held to that too. A test of a feature that this very kernel lacks
+asks `require_feature`, and is skipped in every state.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 STATE = os.environ.get("LABKIT_KERNEL_TESTS", "")
-MARKED = {"kernel": Path(__file__).parent / "kernel", "browser": Path(__file__).parent / "browser"}
+MARKED = {name: Path(__file__).parent / name for name in ("kernel", "browser", "vm")}
 TOYS = Path(__file__).parent / "toys"
 LACKS = "this kernel lacks "
 # The kernel frees an object some time after its last holder let go of it.

@@ -201,7 +201,7 @@ def helper_process(pid: int) -> Iterator[None]:
     BadInput
         There is no such process.
     """
-    started = _started(pid)
+    started = start_time(pid)
     if started is None:
         raise BadInput(f"There is no process {pid} to watch over.")
     with _registered("process", str(pid), started):
@@ -231,7 +231,7 @@ def clean(say: Callable[[str], None], runs: Iterable[Path] = ()) -> int:
             path.unlink(missing_ok=True)
             say(f"The ledger {path.name} was damaged; removed it.")
             continue
-        if _started(pid) == started:
+        if start_time(pid) == started:
             say(f"Process {pid} is alive and keeps {_count(things)}.")
             continue
         left = _settle(path, pid, started, things, time.monotonic() + _AT_ONCE_S)
@@ -335,11 +335,11 @@ def _remove(thing: _Thing) -> bool:
 
 
 def _end_process(pid: int, started: int) -> bool:
-    if _started(pid) != started:
+    if start_time(pid) != started:
         return True
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    return _started(pid) != started
+    return start_time(pid) != started
 
 
 def _remove_cgroup(path: Path) -> bool:
@@ -381,7 +381,7 @@ def _ledger_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"labkit-{os.geteuid()}"
 
 
-def _started(pid: int) -> int | None:
+def start_time(pid: int) -> int | None:
     """Start time of a living process in clock ticks after boot; None where it is dead."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
@@ -457,7 +457,7 @@ class _Owner:
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._pid = os.getpid()
-        self._started = _started(self._pid) or 0
+        self._started = start_time(self._pid) or 0
         self._path = _ledger_folder() / f"{self._pid}-{self._started}.json"
         self._things: list[_Thing] = []
         self._guardian: subprocess.Popen[bytes] | None = None

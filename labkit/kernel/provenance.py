@@ -113,7 +113,7 @@ def _kept_facts() -> dict[str, object]:
         "kernel_config": _kernel_config(),
         "cpu": _cpu(),
         "memory_bytes": _memory_bytes(),
-        "virtual": {"machine": _hypervisor(), "emulated": _emulated()},
+        "virtual": {"machine": _hypervisor(), "emulated": emulated()},
         "tools": _tools(),
     }
 
@@ -218,7 +218,7 @@ def _hypervisor() -> str:
     return "unknown hypervisor" if "hypervisor" in flags[1].split() else "none"
 
 
-def _emulated() -> bool | None:
+def emulated() -> bool | None:
     """Whether QEMU interprets the instructions (TCG) in place of a CPU that executes them."""
     info = _cpu_info()
     if not info:

@@ -106,7 +106,7 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 
 def alive(pid: int) -> bool:
-    return leftovers._started(pid) is not None
+    return leftovers.start_time(pid) is not None
 
 
 def gone(path: Path) -> bool:

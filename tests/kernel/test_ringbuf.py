@@ -177,6 +177,7 @@ def test_a_producer_on_the_other_cpu_loses_nothing_that_fits(consumer: Consumer)
 
 
 @each_consumer
+@pytest.mark.outside_vm("3,000 wakeups in turns: half a minute each on an emulated CPU")
 @pytest.mark.parametrize("wakeup", ["default", "always"])
 def test_no_wakeup_is_lost_in_ping_pong(ring: Map, consumer: Consumer, wakeup: str) -> None:
     # The producer sends one record as soon as the last one was read, which is when a reader

@@ -81,6 +81,14 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
         measure("toy-sleeps", folder=tmp_path / "file" / "runs")
 
 
+def test_an_emulated_cpu_gets_ten_times_as_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("labkit.measure.emulated", lambda: True)
+    with pytest.raises(TimedOut, match="did not end within 1 s"):
+        measure("toy-sleeps", folder=tmp_path, time_limit_s=0.1, say=lambda words: None)
+
+
 @pytest.mark.parametrize("experiment", ["toy-sleeps", "toy-spins"])
 def test_what_does_not_end_is_stopped(experiment: str, tmp_path: Path) -> None:
     said: list[str] = []
