@@ -115,7 +115,7 @@ def hook_points(*, writes: int) -> Tables:
             continue
         say(f"{len(hooks)} hooks, past which a map is written: {sort.name}")
         with (
-            made(sort, writes) as (table, value),
+            made(sort, writes) as (table, (value, _)),
             programs.load(
                 "hook_points",
                 PROCESS=os.getpid(),

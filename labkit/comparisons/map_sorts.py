@@ -73,7 +73,7 @@ SORTS: Final = (
 
 
 @contextmanager
-def made(sort: MapSort, entries: int) -> Iterator[tuple[Map, int]]:
+def made(sort: MapSort, entries: int) -> Iterator[tuple[Map, tuple[int, int]]]:
     """Make a map of that sort, for as long as the block lasts.
 
     Parameters
@@ -87,23 +87,25 @@ def made(sort: MapSort, entries: int) -> Iterator[tuple[Map, int]]:
     ------
     Map
         Its values are of 8 bytes, or descriptors of inner maps of 4.
-    int
-        A value that it takes: a number, or the descriptor of a map that is made with it.
+    tuple of int
+        Two values that it takes: numbers, or descriptors of maps that are made with it.
     """
     with ExitStack() as stack:
-        inner = None
-        if sort.kind in OF_MAPS:
-            inner = stack.enter_context(
+
+        def inner() -> Map:
+            return stack.enter_context(
                 Map.create(MapKind.ARRAY, key="u4", value="u8", max_entries=1)
             )
+
+        inners = [inner(), inner()] if sort.kind in OF_MAPS else []
         table = stack.enter_context(
             Map.create(
                 sort.kind,
                 key=sort.key_type,
-                value="u8" if inner is None else "u4",
+                value="u4" if inners else "u8",
                 max_entries=entries,
                 flags=sort.flags,
-                inner=inner,
+                inner=inners[0] if inners else None,
             )
         )
-        yield table, 2 if inner is None else inner.fd
+        yield table, (inners[0].fd, inners[1].fd) if inners else (1, 2)

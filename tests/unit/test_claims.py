@@ -394,8 +394,10 @@ def test_a_claim_has_an_experiment_that_exists_or_a_reason(one: Claim) -> None:
 @pytest.mark.parametrize("kernel", LEDGER.kernels)
 @pytest.mark.parametrize("one", CLAIMS, ids=[one.id for one in CLAIMS])
 def test_recorded_runs_agree_with_what_is_known(one: Claim, kernel: str) -> None:
-    found = LEDGER.verdicts[one.id, kernel].word
-    assert found == KNOWN[one.id] or found == NOT_RUN, LEDGER.verdicts[one.id, kernel]
+    verdict = LEDGER.verdicts[one.id, kernel]
+    if any(outcome.holds is None for outcome in verdict.outcomes):
+        return  # an experiment that this kernel has no run of may be what it depends on
+    assert verdict.word == KNOWN[one.id], verdict
 
 
 @pytest.mark.parametrize("one", catalogue().values(), ids=list(catalogue()))
