@@ -7,7 +7,8 @@ because Python's own library reads it. No verdict and no figure is in it: both c
 without runs there are none.
 
 A claim is true where its predicate holds in every case, false where it does in none, and depends
-where the cases differ: on what, say their names.
+where the cases differ: on what, say their names. Where cases are open and the others agree, there
+is no verdict yet.
 """
 
 from __future__ import annotations
@@ -142,10 +143,12 @@ class Verdict:
         """One of `WORDS`."""
         if not self.outcomes:
             return UNTESTABLE
-        found = {one.holds for one in self.outcomes if one.holds is not None}
-        if not found:
-            return NOT_RUN
-        return DEPENDS if len(found) == 2 else TRUE if found == {True} else FALSE
+        found = {one.holds for one in self.outcomes}
+        if {True, False} <= found:
+            return DEPENDS
+        if None in found:
+            return NOT_RUN  # what is known so far may be the half of what it depends on
+        return TRUE if True in found else FALSE
 
     @property
     def because(self) -> str:
