@@ -23,6 +23,7 @@ from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, ahead_of_others, another_cpu, shared_array
 from labkit.kernel.ringbuf import RingReader
 from labkit.sync.changes import Changes, event_dtype
+from labkit.sync.double_map import DoubleMap, DoubleMapWriter, Layout
 from labkit.sync.event_writer import EventWriter, updates
 from labkit.sync.ring_events import Channel
 from labkit.sync.strategy import Stats, Strategy
@@ -30,6 +31,7 @@ from labkit.sync.strategy import Stats, Strategy
 _LEAD_NS = 3_000_000  # from the writer's word that it stands ready to its first write
 _SETTLE_S = 10.0
 _FLOOR_CALLS = 2_000
+_NAP_NS = 300_000  # before a switch is due its writer is awake, as a sleep may end late
 _QUIET_S = 0.015  # longer than the poll intervals and timers of the strategies that are compared
 
 WRITERS = ("program", "process")
@@ -44,7 +46,8 @@ class Trace:
     Attributes
     ----------
     key, version, intended_ns, start_ns, end_ns : numpy.ndarray
-        Of each write, shape (n,), uint64; times CLOCK_MONOTONIC.
+        Of each write, shape (n,), uint64; times CLOCK_MONOTONIC. A write may be a whole
+        generation (`Generations`): then its key is 0.
     seen_ns : numpy.ndarray
         When the follower's replica first could return that version or a newer one, shape (n,),
         uint64; 0 where it never could.
@@ -55,7 +58,13 @@ class Trace:
         writer was done.
     map_bytes, replica_bytes : int
         Kernel memory of the map and, where events are used, of ring and counters; the replica's
-        key and value columns.
+        key and value columns. Of `Generations`: the outer map, and the two maps that there are
+        at a switch.
+    looks, mixed : int
+        Calls of `Strategy.poll` that brought something, and those of them after which the
+        replica had not all keys at one version, as somebody would have read it then.
+    changes : int
+        Changes that one write makes: 1, or the number of keys of a generation.
     """
 
     key: npt.NDArray[np.uint64]
@@ -69,6 +78,9 @@ class Trace:
     follower_wall_ns: int
     map_bytes: int
     replica_bytes: int
+    looks: int
+    mixed: int
+    changes: int = 1
 
     def __len__(self) -> int:
         return len(self.key)
@@ -109,12 +121,7 @@ class Load:
         ring_bytes: int,
         channel: Channel | None = None,
     ) -> None:
-        if value_bytes % 8 or not 8 <= value_bytes <= 1024:
-            raise BadInput(f"A value has 8 to 1024 bytes, whole words, not {value_bytes}.")
-        words = value_bytes // 8
-        value: npt.DTypeLike = "u8"
-        if words > 1:
-            value = [("version", "u8"), ("rest", "u8", (words - 1,))]
+        value = _value(value_bytes)
         self._keys, self._version, self._most = keys, 1, most_operations
         self._open = ExitStack()
         try:
@@ -132,8 +139,6 @@ class Load:
                     wakeup_at=wakeup_at,
                 )
             )
-            # Every key is there from the beginning, so that steps of versions count changes.
-            self._level()
         except BaseException:
             self.close()
             raise
@@ -172,6 +177,8 @@ class Load:
         for name in ("done", "at", "round", "limit"):
             self._writer.control[name] = 0
         order = script[:count].copy()
+        # Before anybody follows, and not behind the last run, whose follower still did.
+        self._level()
         self._drain()
         replica = strategy.attach(self.table)
         start = shared_array(1, np.uint64)
@@ -203,10 +210,9 @@ class Load:
         else:
             order["start_ns"], order["end_ns"] = times[:, 0], times[:, 1]
         seen = seen_at(news, order["key"], order["version"], self._keys, self._version + 1)
+        mixed = mixed_looks(news, self._keys, self._version)
         stats = strategy.stats()
         self._version = int(order["version"].max())
-        if count % self._keys:
-            self._level()
         held = [self.table.fd]
         if stats.size_bytes is not None:
             held += [self.channel.ring.fd, self.channel.counts.fd]
@@ -222,6 +228,8 @@ class Load:
             follower_wall_ns=wall_ns,
             map_bytes=sum(map(libbpf.map_memory, held)),
             replica_bytes=len(replica) * (8 + 8 + self.table.value_size),
+            looks=len(news),
+            mixed=mixed,
         )
 
     def _drain(self) -> None:
@@ -232,7 +240,7 @@ class Load:
                 pass
 
     def _level(self) -> None:
-        """Bring all keys to one version, so that the next run's versions are steps of 1."""
+        """Bring all keys to one version: then steps of versions count the changes of a run."""
         words = np.full((self._keys, self.table.value_size // 8), self._version, np.uint64)
         values = words.view(self.table.value_dtype)[:, 0]
         self.table.update_many(np.arange(self._keys, dtype=np.uint64), values)
@@ -246,6 +254,154 @@ class Load:
 
     def __exit__(self, *_error: object) -> None:
         self.close()
+
+
+class Generations:
+    """A table that is published whole, and a process that publishes; a context manager.
+
+    A write is a switch (`labkit.sync.double_map.DoubleMapWriter.publish`): it makes a map, fills
+    it, puts it in the place of the old one and returns when the programs that may read that have
+    ended. It changes every key. So a rate of changes is one of switches, times the number of keys;
+    and as each waits for a grace period, some ten milliseconds, a writer reaches tens of switches
+    a second and no more. What is asked beyond makes it late, which the trace tells.
+
+    Parameters
+    ----------
+    value_bytes : int
+        8 to 1024, whole words; the first is the version, which is the generation.
+    keys : int
+        Of every generation.
+
+    Raises
+    ------
+    BadInput
+        The map cannot be so.
+    """
+
+    def __init__(self, value_bytes: int, *, keys: int) -> None:
+        self.layout = Layout("u8", _value(value_bytes), keys)
+        self._keys = np.arange(keys, dtype=np.uint64)
+        self._open = ExitStack()
+        try:
+            self.outer = self._open.enter_context(self.layout.outer())
+            self._writer = DoubleMapWriter(self.outer, self.layout)
+            self._version = self._publish(0)
+        except BaseException:
+            self.close()
+            raise
+
+    def _publish(self, expected: int) -> int:
+        words = np.full((len(self._keys), np.dtype(self.layout.value).itemsize // 8), expected + 1)
+        values = words.astype(np.uint64).view(self.layout.value)[:, 0]
+        return self._writer.publish(self._keys, values, expected=expected)
+
+    def run(self, strategy: DoubleMap, *, rate: float, switches: int) -> Trace:
+        """Publish at a rate, follow, and wait until the follower has come to rest.
+
+        Parameters
+        ----------
+        strategy : DoubleMap
+            Not attached yet.
+        rate : float
+            Intended changes per second: switches per second times the number of keys.
+        switches : int
+            How many, evenly spaced.
+
+        Raises
+        ------
+        BadInput
+            A rate or a number that is not above 0.
+        TimedOut
+            Writer or follower did not come to an end.
+        """
+        if not rate > 0 or switches < 1:
+            raise BadInput("A load has a rate above 0, and at least one switch.")
+        keys, before = len(self._keys), self._version
+        due = np.arange(switches) * 1e9 * keys / rate
+        start, progress = shared_array(1, np.uint64), shared_array(1, np.uint64)
+        times = shared_array((switches, 2), np.uint64)
+        replica = strategy.attach(self.outer)
+
+        def write() -> None:
+            start[0] = time.monotonic_ns() + _LEAD_NS
+            for i, at in enumerate((due + int(start[0])).astype(np.int64).tolist()):
+                while (left := at - time.monotonic_ns()) > 0:
+                    if left > _NAP_NS:
+                        time.sleep((left - _NAP_NS) / 1e9)
+                times[i, 0] = time.monotonic_ns()
+                self._publish(before + i)
+                times[i, 1] = time.monotonic_ns()
+            progress[0] = switches
+
+        with _undisturbed(), Child(write, cpu=another_cpu(0)) as child:
+            os.sched_setaffinity(0, {another_cpu(1)})
+            _await(lambda: int(start[0]) > 0, child)
+            news, cpu_ns, wall_ns = _follow(strategy, lambda: int(progress[0]) >= switches, child)
+            child.result(_SETTLE_S)
+        self._version = before + switches
+        version = np.arange(before + 1, self._version + 1, dtype=np.uint64)
+        of_each = seen_at(
+            news, np.tile(self._keys, switches), np.repeat(version, keys), keys, before + 1
+        ).reshape(switches, keys)
+        return Trace(
+            key=np.zeros(switches, np.uint64),
+            version=version,
+            intended_ns=due.astype(np.uint64) + start[0],
+            start_ns=times[:, 0],
+            end_ns=times[:, 1],
+            seen_ns=np.where((of_each > 0).all(axis=1), of_each.max(axis=1), 0).astype(np.uint64),
+            stats=strategy.stats(),
+            follower_cpu_ns=cpu_ns,
+            follower_wall_ns=wall_ns,
+            map_bytes=libbpf.map_memory(self.outer.fd) + 2 * libbpf.map_memory(strategy.table.fd),
+            replica_bytes=len(replica) * (8 + 8 + strategy.table.value_size),
+            looks=len(news),
+            mixed=mixed_looks(news, keys, before),
+            changes=keys,
+        )
+
+    def close(self) -> None:
+        """Free the maps; safe to call twice."""
+        self._open.close()
+
+    def __enter__(self) -> Generations:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+def _value(value_bytes: int) -> npt.DTypeLike:
+    """Layout of a value of so many bytes whose first word is its version."""
+    if value_bytes % 8 or not 8 <= value_bytes <= 1024:
+        raise BadInput(f"A value has 8 to 1024 bytes, whole words, not {value_bytes}.")
+    if value_bytes == 8:
+        return "u8"
+    return [("version", "u8"), ("rest", "u8", (value_bytes // 8 - 1,))]
+
+
+def mixed_looks(news: list[Changes], keys: int, version: int) -> int:
+    """How often a look at the replica would have found keys at different versions.
+
+    Parameters
+    ----------
+    news : list of numpy.ndarray
+        What each call of `Strategy.poll` delivered: ``key`` (from 0 on) and ``version``.
+    keys : int
+        How many keys there are.
+    version : int
+        That of all keys before the first.
+
+    Returns
+    -------
+    int
+        At most ``len(news)``.
+    """
+    held, mixed = np.full(keys, version, np.uint64), 0
+    for changes in news:
+        held[changes["key"].astype(np.int64)] = changes["version"]  # the last one of a key stays
+        mixed += int(held.min() != held.max())
+    return mixed
 
 
 def seen_at(

@@ -146,7 +146,12 @@ def choices(run: Run) -> pd.DataFrame:
     safe = max(carry, key=lambda name: (carry[name], name == "hybrid")) if carry else ""
     cost = at["follower_ns"].median()
     cheap = str(cost.idxmin())
-    foreign = cells[(cells["writer"] == "process") & (cells["rate"] == rate)]
+    foreign = cells[
+        (cells["writer"] == "process")
+        & (cells["rate"] == rate)
+        & (cells["wakeup"] == "default")
+        & (cells["value_bytes"] == cells["value_bytes"].min())
+    ]
     hook = foreign[foreign["strategy"] == "hook"]
     poll = foreign[foreign["strategy"] == "poll 10 ms"]
     lines = [
@@ -198,7 +203,8 @@ def measured(run: Run) -> pd.DataFrame:
     pandas.DataFrame
         One row per cell, all text but the first columns: what was run, latencies from the intended
         time as median (smallest to largest repetition), share of the versions handed out, what was
-        dropped, a write's own time, CPU of the follower, memory of maps and of the replica.
+        dropped, looks at the replica that found keys at different versions, a write's own time,
+        CPU of the follower, memory of maps and of the replica.
     """
     lines = []
     for _, rows in run.table("cells").groupby("cell"):
@@ -215,6 +221,7 @@ def measured(run: Run) -> pd.DataFrame:
                 "writer late, p99 (us)": _spread(rows["late_p99_ns"]),
                 "handed out": f"{rows['delivered'].sum() / rows['operations'].sum():.1%}",
                 "dropped": f"{rows['dropped'].sum():,}",
+                "mixed looks": f"{rows['mixed'].sum() / rows['looks'].sum():.0%}",
                 "write (ns)": f"{rows['writer_ns'].median():,.0f}",
                 "follower's CPU": f"{rows['follower_cpu'].median():.0%}",
                 "maps, replica (KiB)": f"{rows['map_bytes'].median() / 1024:,.0f}, "

@@ -15,15 +15,18 @@ from labkit.analysis.statistics import percentiles
 from labkit.failures.experiment import Tables, experiment, say
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
+from labkit.sync.double_map import DoubleMap
 from labkit.sync.hybrid import Hybrid
 from labkit.sync.poll import Poll
 from labkit.sync.ring_events import Channel, RingEvents
 from labkit.sync.strategy import Strategy
-from labkit.sync.trace_hook import TraceHook
-from labkit.workload import Load, Trace, median_ns, since, write_by_calls
+from labkit.sync.trace_hook import Hooks, TraceHook
+from labkit.workload import Generations, Load, Trace, median_ns, since, write_by_calls
 
 _TAIL_POINTS = 60
+_LEAST_ROUNDS = 3
 _ROWS_KEPT = 1_200  # of the history of a cell
+_PROCESS_MOST = 200_000  # writes per second: what a process in Python may still keep up with
 # What decides when the follower is woken, and the timer by which it looks anyway, seconds.
 _WAKEUPS = {
     "default": (1, 0.1),
@@ -41,15 +44,17 @@ class Cell:
     Attributes
     ----------
     strategy : str
-        One of `STRATEGIES`.
+        One of `STRATEGIES`, or `DOUBLE_MAP`.
     rate : int
-        Intended writes per second.
+        Intended changes per second. With `DOUBLE_MAP` they come as generations, each of which
+        changes every key: with 200 keys 10,000 changes a second are 50 switches a second, and
+        100,000 would be 500, more than a writer that waits for a grace period each time reaches.
     value_bytes : int
         Size of a value.
     wakeup : str
-        As `labkit.kernel.ringbuf.WAKEUPS`; the poll does not wait to be woken.
+        As `labkit.kernel.ringbuf.WAKEUPS`; a poll does not wait to be woken.
     writer : str
-        As `labkit.workload.WRITERS`.
+        As `labkit.workload.WRITERS`; ``publisher``: a process that switches generations.
     """
 
     strategy: str
@@ -70,49 +75,69 @@ STRATEGIES: dict[str, Callable[[Channel, float], Strategy]] = {
     "hybrid": lambda channel, timer_s: Hybrid(channel, timer_s=timer_s),
     "hook": lambda channel, timer_s: TraceHook(pull_s=None),
 }
-"""By name, with the channel and the follower's timer: followers that are compared."""
+"""By name, with the channel and the follower's timer: followers of one map that are compared."""
+
+DOUBLE_MAP = "double map"
+"""The follower of a table that is published whole; it looks every millisecond for a switch."""
 
 _PLAIN = ("poll 1 ms", "poll 10 ms", "events", "events, gathered 1 ms", "hybrid")
 
 
-def matrix(rates: list[int], sizes: list[int], saturation: list[int]) -> list[Cell]:
+def matrix(
+    rates: list[int],
+    sizes: list[int],
+    saturation: list[int],
+    *,
+    wakeups: list[str],
+    switched: list[int],
+) -> list[Cell]:
     """The cells that are measured.
 
     Parameters
     ----------
     rates : list of int
-        Writes per second, ascending.
+        Changes per second, ascending; the second one is the base at which the other axes vary.
     sizes : list of int
-        Of values, bytes; the first one, the smallest, is that of the further comparisons.
+        Of values, bytes; the first one, the smallest, is the base.
     saturation : list of int
         Rates beyond, by which the knee is found.
+    wakeups : list of str
+        Policies for the hybrid and the hook; events are measured with all of them.
+    switched : list of int
+        Changes per second of the double map, multiples of what one switch changes.
 
     Returns
     -------
     list of Cell
-        Every strategy at every rate and the first size; events and a poll with the others, and
-        wakeup policies, at the two highest rates; a process as writer, whom nobody but a
-        poll and a hook sees, at all rates but the highest; the saturation search.
+        Every strategy at every rate (the double map at its own) and the first size; every
+        strategy with the other sizes at the base rate, and events at the highest; those who are
+        woken with wakeup policies, at the highest rate; a process as writer, whom nobody but a
+        poll and a hook sees, up to 200,000 a second; the saturation search.
     """
     first, *others = sizes
+    base, highest = rates[min(1, len(rates) - 1)], rates[-1]
     cells = [Cell(name, rate, first) for name in _PLAIN for rate in rates]
     cells += [
-        Cell(name, rate, size)
-        for name in ("poll 10 ms", "events")
-        for rate in rates[-2:]
-        for size in others
-    ]
-    cells += [
-        Cell("events", rate, first, wakeup)
-        for wakeup in _WAKEUPS
-        if wakeup != "default"
-        for rate in rates[-2:]
-    ]
-    cells += [
         Cell(name, rate, first, writer="process")
-        for name in ("poll 10 ms", "hook")
-        for rate in rates[:-1] or rates
+        for name, at in (("hook", [*rates, _PROCESS_MOST]), ("poll 10 ms", [base, _PROCESS_MOST]))
+        for rate in at
     ]
+    cells += [Cell(DOUBLE_MAP, rate, first, writer="publisher") for rate in switched]
+    for size in others:
+        cells += [Cell(name, base, size) for name in _PLAIN]
+        cells += [
+            Cell("hook", base, size, writer="process"),
+            Cell(DOUBLE_MAP, min(switched, key=lambda rate: abs(rate - base)), size,
+                 writer="publisher"),
+            Cell("events", highest, size),
+        ]  # fmt: skip
+    for wakeup in [name for name in _WAKEUPS if name != "default"]:
+        cells.append(Cell("events", highest, first, wakeup))
+        if wakeup in wakeups:
+            cells += [
+                Cell("hybrid", highest, first, wakeup),
+                Cell("hook", highest, first, wakeup, "process"),
+            ]
     cells += [
         Cell(name, rate, first)
         for name in ("poll 10 ms", "events", "hybrid")
@@ -128,16 +153,19 @@ def matrix(rates: list[int], sizes: list[int], saturation: list[int]) -> list[Ce
     question="Which way to keep a copy in sync is how late, how lossy and how dear?",
     claims=("4.4",),
     needs=("bpf", "compile", "test_run", "two_cpus", "hash", "batch_hash", "ringbuf",
-           "mmapable_array"),
+           "mmapable_array", "map_in_map"),
     quick={
-        "rates": [1_000, 10_000, 100_000], "sizes": [8, 64], "saturation": [1_000_000],
-        "repetitions": 5, "seconds": 0.15, "warm_up_s": 0.03, "keys": 200,
+        "rates": [1_000, 10_000, 100_000], "sizes": [8, 1024], "saturation": [1_000_000],
+        "wakeups": ["never"], "switched": [10_000, 100_000], "switches": 24,
+        "repetitions": 5, "within_s": 50.0, "seconds": 0.13, "warm_up_s": 0.02, "keys": 200,
         "most_operations": 100_000, "ring_bytes": 1 << 22, "seed": 1,
     },
     full={
         "rates": [1_000, 10_000, 100_000], "sizes": [8, 64, 1024],
         "saturation": [200_000, 500_000, 1_000_000, 2_000_000],
-        "repetitions": 7, "seconds": 1.2, "warm_up_s": 0.1, "keys": 200,
+        "wakeups": ["always", "every-n", "adaptive", "never"],
+        "switched": [1_000, 5_000, 10_000, 100_000], "switches": 40,
+        "repetitions": 7, "within_s": 700.0, "seconds": 1.0, "warm_up_s": 0.1, "keys": 200,
         "most_operations": 400_000, "ring_bytes": 1 << 22, "seed": 1,
     },
 )  # fmt: skip
@@ -146,7 +174,11 @@ def sync_benchmark(
     rates: list[int],
     sizes: list[int],
     saturation: list[int],
+    wakeups: list[str],
+    switched: list[int],
+    switches: int,
     repetitions: int,
+    within_s: float,
     seconds: float,
     warm_up_s: float,
     keys: int,
@@ -163,10 +195,15 @@ def sync_benchmark(
 
     Parameters
     ----------
-    rates, sizes, saturation : list of int
+    rates, sizes, saturation, wakeups, switched : list
         As `matrix` takes them.
+    switches : int
+        Generations of one schedule of the double map.
     repetitions : int
         Rounds; each runs all cells in a new random order.
+    within_s : float
+        Begin no round, after the third, that would not end within so many seconds: on a busy
+        machine there are fewer of them, and no interval over repetitions.
     seconds, warm_up_s : float
         Length of a schedule, and how much of its beginning is not judged, seconds.
     keys : int
@@ -182,49 +219,47 @@ def sync_benchmark(
     -------
     dict of DataFrame
         ``cells``: one row per cell and repetition, with the columns of `Cell`, ``cell`` and
-        ``repetition`` (numbers), ``operations`` (writes), ``produced``, ``delivered``,
-        ``dropped``, ``coalesced``, ``repaired``, ``resyncs`` (as
-        `labkit.sync.strategy.Stats`), ``unseen`` (writes of which neither that version nor a
-        newer one was ever seen), ``measured`` (writes after the warm-up), ``mean_ns``,
-        ``p50_ns``, ``p99_ns``, ``p99.9_ns`` and ``max_ns`` of their latency,
-        ``commit_mean_ns``, ``commit_p50_ns`` and ``commit_p99_ns`` of the same from the moment of
-        the commit on,
-        ``late_p50_ns`` and ``late_p99_ns`` (the writer behind its schedule), ``achieved``
-        (writes per second), ``writer_ns`` (a write with its event, median), ``follower_cpu``
-        (CPUs), ``follower_ns`` (CPU per write), ``map_bytes``, ``replica_bytes``. Percentiles
-        with fewer than ten writes beyond them are NaN. ``tails``: ``cell``, ``repetition``,
+        ``repetition`` (numbers), ``operations`` (changes that were written), ``produced``,
+        ``delivered``, ``dropped``, ``coalesced``, ``repaired``, ``resyncs`` (as
+        `labkit.sync.strategy.Stats`), ``unseen`` (changes of which neither that version nor a
+        newer one was ever seen), ``looks`` and ``mixed`` (as `labkit.workload.Trace`),
+        ``measured`` (writes after the warm-up; a switch is one), ``mean_ns``, ``p50_ns``,
+        ``p99_ns``, ``p99.9_ns`` and ``max_ns`` of their latency, ``commit_mean_ns``,
+        ``commit_p50_ns`` and ``commit_p99_ns`` of the same from the moment of the commit on (a
+        switch shows before its call returns, which waits: 0), ``late_p50_ns`` and
+        ``late_p99_ns`` (the writer behind its schedule), ``achieved`` (changes per second),
+        ``writer_ns`` (a change with its event, median; of a switch the share of each change),
+        ``follower_cpu`` (CPUs), ``follower_ns`` (CPU per change), ``map_bytes``,
+        ``replica_bytes``. Percentiles with fewer than ten writes beyond them are NaN.
+        ``tails``: ``cell``, ``repetition``,
         ``share`` of the writes that were later than ``ns``. ``history``: the writes to the first
         keys of one repetition at the second rate, with ``cell``, ``key``, ``version`` and times in
         nanoseconds from the first intended one. ``floor``: the harness's own time per call in ns,
         by ``what`` and ``repetition``. ``counts``: in broken (the 10 ms poll at the highest rate)
         an anomaly is a change that was passed over; in control (events at the lowest rate) one
         not handed out; in fixed (all strategies, all cells) a write whose version, or a newer one,
-        the follower never had; ``cost_ns`` is the follower's CPU per write.
+        the follower never had; ``cost_ns`` is the follower's CPU per change.
     """
-    cells = matrix(rates, sizes, saturation)
-    remembered = [Cell(name, rates[min(1, len(rates) - 1)], sizes[0]) for name in _PLAIN]
+    cells = matrix(rates, sizes, saturation, wakeups=wakeups, switched=switched)
+    base = rates[min(1, len(rates) - 1)]
+    remembered = [Cell(name, base, sizes[0]) for name in _PLAIN]
+    remembered += [Cell("hook", base, sizes[0], writer="process"),
+                   Cell(DOUBLE_MAP, base, sizes[0], writer="publisher")]  # fmt: skip
     rng = np.random.default_rng(seed)
     table: list[dict[str, object]] = []
     tails: list[pd.DataFrame] = []
     histories: list[pd.DataFrame] = []
     floor: list[dict[str, object]] = []
     begun, every = time.monotonic(), repetitions * len(cells)
-    with ExitStack() as stack:
-        longest = min(most_operations, round(seconds * max([*rates, *saturation])))
-        loads = {
-            (cell.value_bytes, cell.wakeup): stack.enter_context(
-                Load(
-                    cell.value_bytes,
-                    wakeup=cell.wakeup,
-                    wakeup_at=_WAKEUPS[cell.wakeup][0],
-                    keys=keys,
-                    most_operations=longest,
-                    ring_bytes=ring_bytes,
-                )
-            )
-            for cell in {(c.value_bytes, c.wakeup): c for c in cells}.values()
-        }
+    longest = min(most_operations, round(seconds * max([*rates, *saturation])))
+    with _Grounds(keys, longest, ring_bytes) as grounds:
+        for cell in cells:
+            grounds.prepare(cell)
         for repetition in range(repetitions):
+            a_round = (time.monotonic() - begun) / max(1, repetition)
+            if repetition >= _LEAST_ROUNDS and (repetition + 1) * a_round > within_s:
+                say(f"no time for round {repetition + 1} of {repetitions}")
+                break
             floor += [{"repetition": repetition, **row} for row in _floor(ring_bytes)]
             for place, number in enumerate(rng.permutation(len(cells)).tolist()):
                 done = repetition * len(cells) + place
@@ -232,10 +267,8 @@ def sync_benchmark(
                     left = (time.monotonic() - begun) / done * (every - done)
                     say(f"{done} of {every} runs, {left:.0f} s left")
                 cell = cells[number]
-                load = loads[cell.value_bytes, cell.wakeup]
-                with STRATEGIES[cell.strategy](load.channel, _WAKEUPS[cell.wakeup][1]) as strategy:
-                    trace = load.run(strategy, rate=cell.rate, seconds=seconds, writer=cell.writer)
-                    row, tail = _figures(trace, cell.rate, warm_up_s)
+                trace = grounds.run(cell, seconds, switches)
+                row, tail = _figures(trace, cell.rate, warm_up_s)
                 where = {"cell": number, "repetition": repetition}
                 table.append({**where, **asdict(cell), **row})
                 tails.append(tail.assign(**where))
@@ -253,11 +286,78 @@ def sync_benchmark(
     }
 
 
+class _Grounds:
+    """What cells are measured on, each made once, since compiling takes longer than a cell."""
+
+    def __init__(self, keys: int, longest: int, ring_bytes: int) -> None:
+        self._keys, self._longest, self._ring_bytes = keys, longest, ring_bytes
+        self._open = ExitStack()
+        self._loads: dict[tuple[int, str], Load] = {}
+        self._hooks: dict[tuple[int, str], Hooks] = {}
+        self._generations: dict[int, Generations] = {}
+
+    def prepare(self, cell: Cell) -> None:
+        """Make what is missing for a cell."""
+        # Who writes by system calls emits nothing: the wakeup is the hook's.
+        size, wakeup = cell.value_bytes, cell.wakeup
+        if cell.writer == "publisher":
+            if size not in self._generations:
+                made = Generations(size, keys=self._keys)
+                self._generations[size] = self._open.enter_context(made)
+            return
+        place = size, "default" if cell.strategy == "hook" else wakeup
+        if place not in self._loads:
+            self._loads[place] = self._open.enter_context(
+                Load(
+                    size,
+                    wakeup=place[1],
+                    wakeup_at=_WAKEUPS[place[1]][0],
+                    keys=self._keys,
+                    most_operations=self._longest,
+                    ring_bytes=self._ring_bytes,
+                )
+            )
+        if cell.strategy == "hook" and (size, wakeup) not in self._hooks:
+            channel = self._open.enter_context(Channel.create(self._ring_bytes))
+            hooks = self._open.enter_context(
+                Hooks(
+                    self._loads[place].table,
+                    channel,
+                    wakeup=wakeup,
+                    wakeup_at=_WAKEUPS[wakeup][0],
+                )
+            )
+            hooks.detach()  # the others' writes do not pass them
+            self._hooks[size, wakeup] = hooks
+
+    def run(self, cell: Cell, seconds: float, switches: int) -> Trace:
+        """One repetition of a cell that was prepared."""
+        size, timer_s = cell.value_bytes, _WAKEUPS[cell.wakeup][1]
+        if cell.writer == "publisher":
+            generations = self._generations[size]
+            with DoubleMap(0.001, layout=generations.layout) as strategy:
+                return generations.run(strategy, rate=cell.rate, switches=switches)
+        load = self._loads[size, "default" if cell.strategy == "hook" else cell.wakeup]
+        follower = (
+            TraceHook(pull_s=None, hooks=self._hooks[size, cell.wakeup], timer_s=timer_s)
+            if cell.strategy == "hook"
+            else STRATEGIES[cell.strategy](load.channel, timer_s)
+        )
+        with follower:
+            return load.run(follower, rate=cell.rate, seconds=seconds, writer=cell.writer)
+
+    def __enter__(self) -> _Grounds:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+
 def _figures(trace: Trace, rate: int, warm_up_s: float) -> tuple[dict[str, object], pd.DataFrame]:
     """A row of the table, and the tail of the latencies."""
     count, stats = len(trace), trace.stats
     # A schedule that is cut short is warmed up by its first fifth.
-    judged = np.arange(count) >= min(warm_up_s * rate, count // 5)
+    judged = np.arange(count) >= min(warm_up_s * rate / trace.changes, count // 5)
     seen = trace.seen_ns > 0
     kept = judged & seen
     latency = np.sort(since(trace.seen_ns, trace.intended_ns)[kept])
@@ -267,14 +367,16 @@ def _figures(trace: Trace, rate: int, warm_up_s: float) -> tuple[dict[str, objec
     of = percentiles(latency)
     span = int(trace.end_ns.max()) - int(trace.start_ns.min())
     row: dict[str, object] = {
-        "operations": count,
+        "operations": count * trace.changes,
         "produced": stats.produced,
         "delivered": stats.delivered,
         "dropped": stats.dropped,
         "coalesced": stats.coalesced,
         "repaired": stats.repaired,
         "resyncs": stats.resyncs,
-        "unseen": int((~seen).sum()),
+        "unseen": int((~seen).sum()) * trace.changes,
+        "looks": trace.looks,
+        "mixed": trace.mixed,
         "measured": int(judged.sum()),
         "mean_ns": float(latency.mean()),
         "p50_ns": of["p50"],
@@ -286,10 +388,10 @@ def _figures(trace: Trace, rate: int, warm_up_s: float) -> tuple[dict[str, objec
         "commit_p99_ns": percentiles(after)["p99"],
         "late_p50_ns": float(np.median(late)),
         "late_p99_ns": float(np.percentile(late, 99)),
-        "achieved": (count - 1) / span * 1e9,
-        "writer_ns": float(np.median(since(trace.end_ns, trace.start_ns))),
+        "achieved": (count - 1) * trace.changes / span * 1e9,
+        "writer_ns": float(np.median(since(trace.end_ns, trace.start_ns))) / trace.changes,
         "follower_cpu": trace.follower_cpu_ns / trace.follower_wall_ns,
-        "follower_ns": trace.follower_cpu_ns / count,
+        "follower_ns": trace.follower_cpu_ns / (count * trace.changes),
         "map_bytes": trace.map_bytes,
         "replica_bytes": trace.replica_bytes,
     }

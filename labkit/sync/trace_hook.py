@@ -17,7 +17,7 @@ from labkit.kernel import libbpf, programs
 from labkit.kernel.btf import member_offset
 from labkit.kernel.libbpf import AttachType, MapKind, ProgramKind
 from labkit.kernel.maps import OF_MAPS, PER_CPU, Map
-from labkit.kernel.programs import Function, LoadFailed
+from labkit.kernel.programs import Function, LoadFailed, Unit
 from labkit.kernel.ringbuf import wakeup_constants
 from labkit.sync.changes import ChangeKind, Changes
 from labkit.sync.ring_events import MOST_EVENTS, Channel, RingEvents
@@ -124,6 +124,10 @@ class Hooks:
     ----------
     mechanism : str
         The one that is used.
+    channel : Channel
+        As given.
+    map_id : int
+        Id of the map whose changes are reported.
     hooked : tuple of str
         The kernel functions or tracepoints that are hooked.
     refused : dict of str to str
@@ -154,8 +158,11 @@ class Hooks:
                 f"{', '.join(kind.name.lower() for kind in FUNCTIONS)} can."
             )
         self.mechanism = best_mechanism() if mechanism is None else mechanism
+        self.channel, self.map_id = channel, table.id
         self.refused: dict[str, str] = {}
         self._functions: dict[str, Function] = {}
+        self._places: list[tuple[Unit, Function, str | None]] = []
+        self._held: list[tuple[Unit, int]] = []
         dtype, at = table.value_dtype, 0
         if dtype.fields is not None and version in dtype.fields:
             dtype, at = dtype.fields[version][:2]
@@ -181,6 +188,28 @@ class Hooks:
         except BaseException:
             self.close()
             raise
+
+    def detach(self) -> None:
+        """Take the programs off their hooks, so that they cost nobody anything; twice is safe."""
+        for unit, held in self._held:
+            unit.detach(held)
+        self._held = []
+
+    def attach(self) -> None:
+        """Put them back after `detach`, without compiling and loading them again.
+
+        Raises
+        ------
+        LoadFailed
+            The kernel refuses.
+        """
+        if not self._held:
+            for unit, function, where in self._places:
+                self._held.append((unit, unit.attach(function, where)))
+
+    def _hook(self, unit: Unit, function: Function, where: str | None = None) -> None:
+        self._held.append((unit, unit.attach(function, where)))
+        self._places.append((unit, function, where))
 
     @property
     def hooked(self) -> tuple[str, ...]:
@@ -212,7 +241,7 @@ class Hooks:
         )
         try:
             function = unit.function("on_return", hook="tp_btf:sys_exit")
-            unit.attach(function)
+            self._hook(unit, function)
         except LoadFailed as error:
             raise Unavailable(f"This kernel refuses the hook on bpf(2): {error}") from error
         self._functions["sys_exit"] = function
@@ -228,10 +257,10 @@ class Hooks:
             try:
                 if by_kprobe:
                     function = unit.function(program, ProgramKind.KPROBE)
-                    unit.attach(function, name)
+                    self._hook(unit, function, name)
                 else:
                     function = unit.function(program, hook=f"fexit:{name}")
-                    unit.attach(function)
+                    self._hook(unit, function)
             except LoadFailed as error:
                 self.refused[name] = str(error).removesuffix(".")
                 if program.startswith("on_update"):
@@ -244,7 +273,7 @@ class Hooks:
 
     def close(self) -> None:
         """Unhook everything; safe to call twice."""
-        self._functions = {}
+        self._functions, self._places, self._held = {}, [], []
         self._open.close()
 
     def __enter__(self) -> Hooks:
@@ -284,6 +313,10 @@ class TraceHook(RingEvents):
         Size of the ring that the events pass; a power of two and whole pages.
     wakeup, wakeup_at
         When we are woken, as for `labkit.kernel.ringbuf.wakeup_constants`.
+    hooks : Hooks, optional
+        Hooks on the map that stand already, detached or not: to follow again and again without
+        compiling each time. They and their channel stay the caller's, and take the place of
+        ``mechanism``, ``ring_bytes``, ``wakeup`` and ``wakeup_at``; `close` detaches them.
     version, timer_s, gather_s, resync_gap_s
         As for `RingEvents`.
 
@@ -291,7 +324,7 @@ class TraceHook(RingEvents):
     ------
     BadInput
         No such mechanism, or a time that is no bound. `attach` also refuses maps whose value is
-        not one: per-CPU maps and maps of maps.
+        not one (per-CPU maps and maps of maps), and another map than that of ``hooks``.
     Unavailable
         By `attach`: this kernel refuses the mechanism.
 
@@ -326,6 +359,7 @@ class TraceHook(RingEvents):
         ring_bytes: int = 1 << 22,
         wakeup: str = "default",
         wakeup_at: int = 1,
+        hooks: Hooks | None = None,
         version: str = "version",
         timer_s: float = 0.1,
         gather_s: float = 0.0,
@@ -339,9 +373,11 @@ class TraceHook(RingEvents):
         wakeup_constants(*self._wakeup)
         self._pull_s = _NEVER if pull_s is None else pull_s
         self._next_pull = _NEVER
+        self._given = hooks
         self._hooks: Hooks | None = None
+        self._missed_before = 0
         super().__init__(
-            Channel.create(ring_bytes),
+            hooks.channel if hooks else Channel.create(ring_bytes),
             version=version,
             timer_s=timer_s,
             gather_s=gather_s,
@@ -358,7 +394,8 @@ class TraceHook(RingEvents):
     def close(self) -> None:
         """Unhook and stop following; safe to call twice."""
         super().close()
-        self._channel.close()
+        if self._given is None:
+            self._channel.close()
 
     def _subscribe(self) -> None:
         if self.table.kind in PER_CPU | OF_MAPS:
@@ -366,36 +403,47 @@ class TraceHook(RingEvents):
                 f"{self.table!r} has no single value for a key (one for each CPU, or a map): it "
                 "can be watched with Hooks, but not copied."
             )
+        if self._given is not None and self._given.map_id != self.table.id:
+            raise BadInput(f"The hooks are on the map with id {self._given.map_id}, not on this.")
         super()._subscribe()
         wakeup, at = self._wakeup
-        self._hooks = Hooks(
-            self.table,
-            self._channel,
-            mechanism=self._mechanism,
-            version=self._version,
-            wakeup=wakeup,
-            wakeup_at=at,
-        )
+        if self._given is None:
+            self._hooks = Hooks(
+                self.table,
+                self._channel,
+                mechanism=self._mechanism,
+                version=self._version,
+                wakeup=wakeup,
+                wakeup_at=at,
+            )
+        else:
+            self._hooks = self._given
+            self._missed_before = self._given.missed()
+            self._given.attach()
         # The first pull comes with the first poll: what the ring holds by then may have happened
         # before the first snapshot, and a delete among it would hit a version that came later.
         self._next_pull = _NEVER if self._pull_s == _NEVER else time.monotonic()
 
     def _unsubscribe(self) -> None:
         hooks, self._hooks = self._hooks, None
-        if hooks is not None:
+        if hooks is not None and hooks is self._given:
+            hooks.detach()
+        elif hooks is not None:
             hooks.close()
         super()._unsubscribe()
 
     def _count(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         produced, dropped = super()._count()
-        if self._hooks is not None:
-            missed = self._hooks.missed()
-            produced[0] += missed
-            dropped[0] += missed
+        missed = self._missed()
+        produced[0] += missed
+        dropped[0] += missed
         return produced, dropped
 
     def _dropped(self) -> int:
-        return super()._dropped() + (0 if self._hooks is None else self._hooks.missed())
+        return super()._dropped() + self._missed()
+
+    def _missed(self) -> int:
+        return 0 if self._hooks is None else self._hooks.missed() - self._missed_before
 
     def _resync(self) -> Changes:
         started_ns = time.monotonic_ns()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from labkit.analysis.checkers import accounting
 from labkit.errors import BadInput
+from labkit.sync.double_map import DoubleMap
 from labkit.sync.hybrid import Hybrid
 from labkit.sync.poll import Poll
 from labkit.sync.ring_events import RingEvents
 from labkit.sync.trace_hook import TraceHook
-from labkit.workload import WRITERS, Load
+from labkit.workload import WRITERS, Generations, Load
 
 pytestmark = [
     pytest.mark.usefixtures("kernel"),
@@ -49,6 +51,26 @@ def test_each_follower_accounts_for_every_write(value_bytes: int) -> None:
                     assert (trace.seen_ns >= trace.start_ns).all()
                 assert trace.map_bytes > 0 and trace.replica_bytes == 7 * (16 + value_bytes)
     assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.parametrize("value_bytes", [8, 1024])
+def test_generations_are_accounted_for_and_come_whole(
+    value_bytes: int, require_feature: Callable[[str], None]
+) -> None:
+    require_feature("map_in_map")
+    with Generations(value_bytes, keys=7) as load:
+        for interval_s in (0.001, 0.03):
+            with DoubleMap(interval_s, layout=load.layout) as strategy:
+                trace = load.run(strategy, rate=7 * 200, switches=12)
+            stats = trace.stats
+            assert len(trace) * trace.changes == stats.produced == 12 * 7
+            assert stats.delivered + stats.coalesced == stats.produced and not stats.dropped
+            assert (trace.seen_ns >= trace.start_ns).all()
+            assert (trace.start_ns >= trace.intended_ns).all(), "nothing is published early"
+            assert trace.looks > 0 and trace.mixed == 0
+            assert trace.map_bytes > 0 and trace.replica_bytes == 7 * (16 + value_bytes)
+    with pytest.raises(BadInput, match="at least one switch"), Generations(8, keys=1) as load:
+        load.run(DoubleMap(), rate=1, switches=0)
 
 
 def test_a_ring_that_is_too_small_drops_and_every_write_is_seen_all_the_same() -> None:

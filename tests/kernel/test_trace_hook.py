@@ -228,6 +228,26 @@ def test_functions_see_system_calls_and_programs(
         assert gathered(strategy, 101) == [(UPDATE, 1, version) for version in range(1, 102)]
 
 
+def test_hooks_that_stand_already_follow_again_and_again(table: Map) -> None:
+    with Channel.create(1 << 16) as channel, Hooks(table, channel) as hooks:
+        hooks.detach()
+        for turn in range(3):
+            table.update(1, 10 * turn + 1)  # nobody is hooked
+            with TraceHook(pull_s=None, hooks=hooks) as strategy:
+                replica = strategy.attach(table)
+                assert len(replica) == 1
+                table.update(1, 10 * turn + 2)
+                assert gathered(strategy, 1) == [(UPDATE, 1, 10 * turn + 2)]
+                assert strategy.stats().produced == strategy.stats().delivered == 1
+        assert channel.counts.lookup(0)["emitted"].sum() == 3
+        with (
+            Map.create(MapKind.HASH, key="u4", value="u8", max_entries=1) as other,
+            TraceHook(hooks=hooks) as strategy,
+            pytest.raises(BadInput, match="not on this"),
+        ):
+            strategy.attach(other)
+
+
 def test_every_hooked_function_is_one_of_this_kernel(table: Map) -> None:
     """The names come from one list for all kernels; each type's update must be among this one's."""
     from labkit.kernel.libbpf import AttachType

@@ -13,16 +13,24 @@ from hypothesis import strategies as st
 from labkit.analysis.findings import judge
 from labkit.analysis.runs import Run, Triad
 from labkit.analysis.strategies import beside_the_article, choices, measured
-from labkit.comparisons.sync_benchmark import STRATEGIES, Cell, matrix
+from labkit.comparisons.sync_benchmark import DOUBLE_MAP, STRATEGIES, Cell, matrix
 from labkit.sync.changes import change_dtype
-from labkit.workload import seen_at
+from labkit.workload import mixed_looks, seen_at
+
+RATES, SATURATION = [1_000, 10_000, 100_000], [1_000_000]
+WAKEUPS = ["always", "every-n", "adaptive", "never"]
+
+
+def cells_of(sizes: list[int]) -> list[Cell]:
+    return matrix(RATES, sizes, SATURATION, wakeups=WAKEUPS[-1:], switched=[10_000, 100_000])
 
 
 def made_up() -> Run:
     """A run with round figures: events at once, polls late and with versions passed over."""
     rows = []
-    for number, cell in enumerate(matrix([1_000, 10_000, 100_000], [8, 64], [1_000_000])):
+    for number, cell in enumerate(cells_of([8, 64])):
         delay, given_out = (5e6, 0.25) if cell.strategy.startswith("poll") else (1e5, 1.0)
+        mixed = 0 if cell.strategy == DOUBLE_MAP else 90
         delivered = 1_000 if cell.rate == 1_000 else int(1_000 * given_out)
         for repetition in range(5):
             rows.append(
@@ -30,6 +38,7 @@ def made_up() -> Run:
                     "cell": number, "repetition": repetition, **dataclasses.asdict(cell),
                     "operations": 1_000, "produced": 1_000, "delivered": delivered, "dropped": 0,
                     "coalesced": 1_000 - delivered, "unseen": 0, "measured": 800,
+                    "looks": 100, "mixed": mixed,
                     "mean_ns": delay, "p50_ns": delay, "p99_ns": 2 * delay, "late_p99_ns": 1e4,
                     "commit_mean_ns": delay, "commit_p50_ns": delay, "commit_p99_ns": 2 * delay,
                     "achieved": float(cell.rate), "writer_ns": 200.0, "follower_cpu": 0.1,
@@ -54,11 +63,24 @@ def made_up() -> Run:
 
 
 def test_the_matrix_names_strategies_that_exist_and_no_cell_twice() -> None:
-    cells = matrix([1_000, 10_000, 100_000], [8, 64, 1024], [1_000_000])
-    assert {cell.strategy for cell in cells} == set(STRATEGIES)
+    cells = cells_of([8, 64, 1024])
+    assert {cell.strategy for cell in cells} == {*STRATEGIES, DOUBLE_MAP}
     assert len(cells) == len(set(cells))
     for strategy in ("events", "poll 10 ms", "hybrid"):
-        assert {Cell(strategy, rate) for rate in (1_000, 10_000, 100_000, 1_000_000)} <= set(cells)
+        assert {Cell(strategy, rate) for rate in RATES + SATURATION} <= set(cells)
+
+
+def test_the_matrix_varies_each_axis_for_every_strategy_that_has_it() -> None:
+    cells = cells_of([8, 64, 1024])
+    for name in (*STRATEGIES, DOUBLE_MAP):
+        ours = [cell for cell in cells if cell.strategy == name]
+        assert {cell.value_bytes for cell in ours if cell.rate == 10_000} == {8, 64, 1024}
+        assert len({cell.rate for cell in ours if cell.value_bytes == 8}) >= 2
+        foreign = {"hook": "process", DOUBLE_MAP: "publisher"}.get(name, "program")
+        assert foreign in {cell.writer for cell in ours}
+    woken = {cell.strategy for cell in cells if cell.wakeup == "never"}
+    assert woken == {"events", "hybrid", "hook"}
+    assert {cell.wakeup for cell in cells if cell.strategy == "events"} == {"default", *WAKEUPS}
 
 
 @given(st.data())
@@ -98,6 +120,21 @@ def test_a_run_in_which_events_go_wrong_fails(column: str, value: float) -> None
     cells.loc[cells["strategy"] == "events", column] = value
     spoilt = dataclasses.replace(run, tables={**run.tables, "cells": cells})
     assert not judge(spoilt).holds
+
+
+def test_a_generation_that_came_in_pieces_fails() -> None:
+    run = made_up()
+    cells = run.tables["cells"].copy()
+    cells.loc[cells["strategy"] == DOUBLE_MAP, "mixed"] = 1
+    assert not judge(dataclasses.replace(run, tables={**run.tables, "cells": cells})).holds
+
+
+def test_a_look_is_mixed_unless_all_keys_are_at_one_version() -> None:
+    rows = np.zeros(6, change_dtype("u8", "u8"))
+    rows["key"], rows["version"] = [0, 1, 0, 1, 0, 1], [2, 2, 3, 3, 4, 4]
+    assert mixed_looks([rows], 2, 1) == 0
+    assert mixed_looks([rows[:1], rows[1:3], rows[3:4], rows[4:]], 2, 1) == 2
+    assert mixed_looks([rows], 3, 1) == 1
 
 
 def test_tails_are_not_compared_where_the_writer_was_late() -> None:

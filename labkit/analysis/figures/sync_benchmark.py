@@ -12,6 +12,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from labkit.analysis import checkers, history, style
 from labkit.analysis.figures import draws
+from labkit.analysis.findings.sync_benchmark import usual
 from labkit.analysis.runs import Run
 from labkit.analysis.statistics import LEAST_REPETITIONS, bootstrap
 
@@ -40,7 +41,7 @@ def sync_benchmark(run: Run) -> Figure:
         repetitions; then p50, p99 and p99.9 against the rate, medians with 95 % intervals over
         the repetitions (their range where there are too few).
     """
-    cells = _plain(run)
+    cells = usual(run)
     rates = _rates(run)
     figure = pyplot.figure(figsize=(_WIDE, 5.0))
     grid = figure.add_gridspec(2, 6)
@@ -78,7 +79,7 @@ def cost(run: Run) -> Figure:
         Changes handed out against changes offered, with the share dropped; the follower's CPU
         time per million changes against the rate; latency and CPU by wakeup policy.
     """
-    cells = _plain(run)
+    cells = usual(run)
     figure, axes = pyplot.subplots(2, 2, figsize=(_WIDE, 5.2))
     _throughput(axes[0, 0], axes[1, 0], cells)
     _against_rate(axes[0, 1], cells, "follower_ns", 1e3)
@@ -123,16 +124,6 @@ def freshness(run: Run, *, ax: Axes | None = None) -> Axes:
     ax.set_ylabel("replica is fresh (probability)")
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1.01), ncols=2, fontsize=6)
     return ax
-
-
-def _plain(run: Run) -> pd.DataFrame:
-    cells = run.table("cells")
-    plain: pd.DataFrame = cells[
-        (cells["writer"] == "program")
-        & (cells["wakeup"] == "default")
-        & (cells["value_bytes"] == cells["value_bytes"].min())
-    ]
-    return plain
 
 
 def _rates(run: Run) -> list[int]:
@@ -266,6 +257,6 @@ def _legend(figure: Figure) -> None:
     handles = [
         Line2D([], [], **style.look(i).line(), label=name)
         for i, name in enumerate(_STRATEGIES)
-        if style.look(i).color in colours and name not in ("double map", "hook")
+        if style.look(i).color in colours
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=6.5)

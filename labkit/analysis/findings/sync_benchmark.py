@@ -16,9 +16,9 @@ _IN_TIME_NS = 1e6  # a tenth of the poll's interval
 def sync_benchmark(run: Run) -> Finding:
     """Every change is accounted for and every write seen; events are sooner than a poll can be.
 
-    Delays are compared from the commit on, medians over the repetitions: other load on the machine
-    makes the writer late, and that is no strategy's fault. Tails are compared only in repetitions
-    in which the writer kept its schedule.
+    Delays are compared from the commit on, in the best repetition of each: other load on the
+    machine keeps writer or follower from their CPUs, which only adds to a delay, and that is no
+    strategy's fault. Tails are compared only in repetitions in which the writer kept its schedule.
     """
     cells = run.table("cells")
     unaccounted = sum(
@@ -32,7 +32,8 @@ def sync_benchmark(run: Run) -> Finding:
     rate = middle_rate(run)
     events, poll = rows_of(run, "events", rate), rows_of(run, "poll 10 ms", rate)
     top = rows_of(run, "events", max(cells[cells["wakeup"] != "default"]["rate"]))
-    half, mean = events["commit_p50_ns"].median(), poll["commit_mean_ns"].median()
+    switched = cells[cells["strategy"] == "double map"]
+    half, mean = events["commit_p50_ns"].min(), poll["commit_mean_ns"].min()
     checks = [
         Check("produced = delivered + dropped + coalesced, in every cell", unaccounted == 0,
               f"{unaccounted} unaccounted for in {len(cells)} runs"),
@@ -52,8 +53,12 @@ def sync_benchmark(run: Run) -> Finding:
               control.anomalies == 0 < control.operations, f"{control} passed over"),
         Check("a poll passes versions over at the highest rate",
               broken.anomalies > broken.operations // 10, f"{broken} passed over"),
+        Check("a generation stands in the replica whole, or not at all",
+              int(switched["mixed"].sum()) == 0 < int(switched["looks"].sum()),
+              f"{int(switched['mixed'].sum())} of {int(switched['looks'].sum()):,} looks mixed"),
         Check(f"at {rate:,}/s the median of events is below half the mean of a 10 ms poll",
-              half < mean / 2, f"{half / 1e3:,.0f} and {mean / 1e3:,.0f} us after the commit"),
+              half < mean / 2,
+              f"{half / 1e3:,.0f} and {mean / 1e3:,.0f} us after the commit, at best"),
     ]  # fmt: skip
     p99, quiet = _quiet(events)["commit_p99_ns"], _quiet(poll)["commit_mean_ns"]
     if min(len(p99), len(quiet)) >= _ENOUGH:
@@ -93,8 +98,29 @@ def middle_rate(run: Run) -> int:
     return int(rates[min(1, len(rates) - 1)])
 
 
+_WRITERS = {"hook": "process", "double map": "publisher"}  # of the others: the program
+
+
+def usual(run: Run) -> pd.DataFrame:
+    """The cells in which each strategy has the writer it is for, the first size and usual wakeup.
+
+    Parameters
+    ----------
+    run : Run
+        Of sync-benchmark.
+    """
+    cells = run.table("cells")
+    writer = cells["strategy"].map(_WRITERS).fillna("program")
+    kept: pd.DataFrame = cells[
+        (cells["writer"] == writer)
+        & (cells["wakeup"] == "default")
+        & (cells["value_bytes"] == cells["value_bytes"].min())
+    ]
+    return kept
+
+
 def rows_of(run: Run, strategy: str, rate: int | None = None) -> pd.DataFrame:
-    """Runs of a strategy with the program as writer, the first size, and the usual wakeup.
+    """Runs of a strategy with the writer it is for, the first size, and the usual wakeup.
 
     Parameters
     ----------
@@ -110,13 +136,8 @@ def rows_of(run: Run, strategy: str, rate: int | None = None) -> pd.DataFrame:
     BadRun
         There are none.
     """
-    cells = run.table("cells")
-    kept: pd.DataFrame = cells[
-        (cells["strategy"] == strategy)
-        & (cells["writer"] == "program")
-        & (cells["wakeup"] == "default")
-        & (cells["value_bytes"] == cells["value_bytes"].min())
-    ]
+    cells = usual(run)
+    kept = cells[cells["strategy"] == strategy]
     if rate is not None:
         kept = kept[kept["rate"] == rate]
     if kept.empty:
