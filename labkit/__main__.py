@@ -133,12 +133,14 @@ def _run_one(id: str, chosen: argparse.Namespace, changed: dict[str, Any], folde
             changed,
             folder=folder,
             time_limit_s=chosen.time_limit,
-            say=lambda words: line.show(f"{id}: {words}"),
+            say=lambda words: line.tell(f"{id}: {words}"),
         )
         line.clear()
         finding = judge(run)
         print(run.counts.to_string(index=False, na_rep=""))
         print(finding)
+        if isinstance(known := run.provenance.get("continued"), dict):
+            print(f"begun at {known['begun_at']}, continued after {known['parts_before']} parts")
         print(f"saved as {run.path}", flush=True)
         if chosen.record and finding.holds:
             print(f"recorded as {runs.record(run)}", flush=True)
@@ -171,11 +173,12 @@ def _verdicts(chosen: argparse.Namespace) -> int:
 
 def _clean(chosen: argparse.Namespace) -> int:
     from labkit.analysis.runs import RECORDED
+    from labkit.failures import parts
     from labkit.kernel import leftovers
     from labkit.measure import RUNS
     from labkit.report import sweep
 
-    removed = leftovers.clean(print, [RUNS, RECORDED])
+    removed = leftovers.clean(print, [RUNS, RECORDED]) + parts.forget_all(RUNS, print)
     if unfinished := sweep(REPORTS):
         print(f"Removed {unfinished} half-written reports.")
     if not removed and not unfinished:
@@ -196,6 +199,13 @@ class _Line:
             print(f"\r\033[K{words[: width - 1]}", end="", file=sys.stderr, flush=True)
         else:
             print(words, file=sys.stderr, flush=True)
+
+    def tell(self, words: str) -> None:
+        """Keep a sentence, show other words."""
+        if words.endswith("."):
+            self.keep(words)
+        else:
+            self.show(words)
 
     def keep(self, words: str) -> None:
         """Write a line that stays."""

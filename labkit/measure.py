@@ -10,8 +10,10 @@ from typing import Any
 from labkit.analysis import runs
 from labkit.analysis.runs import Run
 from labkit.errors import BadInput
+from labkit.failures import parts, progress
 from labkit.failures.experiment import find
-from labkit.kernel.provenance import emulated
+from labkit.failures.parts import Parts
+from labkit.kernel.provenance import emulated, provenance
 from labkit.worker import Say, Worker
 
 RUNS = Path(__file__).resolve().parents[1] / "runs"
@@ -33,6 +35,9 @@ def measure(
     say: Say | None = None,
 ) -> Run:
     """Run an experiment in a worker, save the run, and load it back from disk.
+
+    One that measures in parts and was stopped, however that came about, goes on where it stood,
+    if code, kernel, machine and parameters are the same.
 
     Parameters
     ----------
@@ -68,7 +73,8 @@ def measure(
     LabError
         The worker failed; the sentence says how.
     """
-    find(experiment).parameters(profile, changed)
+    subject = find(experiment)
+    parameters = subject.parameters(profile, changed)
     limit = TIME_LIMIT_S[profile] if time_limit_s is None else time_limit_s
     if not limit > 0:
         raise BadInput(f"A time limit is a number of seconds above 0, not {limit!r}.")
@@ -80,8 +86,14 @@ def measure(
         "changed": dict(changed or {}),
         "folder": str(Path(folder).absolute()),
     }
-    with Worker(f"{__name__}:saved", order, name=experiment) as worker:
-        return runs.load(Path(worker.answer(limit, say)))
+    try:
+        with Worker(f"{__name__}:saved", order, name=experiment) as worker:
+            return runs.load(Path(worker.answer(limit, say)))
+    except BaseException:
+        if kept := parts.waiting(folder, experiment, profile, parameters):
+            words = f"{kept} parts of {experiment} are kept: run it again, and it goes on there."
+            (say or progress.say)(words)
+        raise
 
 
 def patience() -> int:
@@ -102,8 +114,14 @@ def saved(experiment: str, profile: str, changed: Mapping[str, Any], folder: str
     str
         The directory of the run.
     """
-    run = find(experiment).run(profile, changed)
-    return str(runs.save(run, Path(folder)))
+    subject = find(experiment)
+    if not subject.in_parts:
+        return str(runs.save(subject.run(profile, changed), Path(folder)))
+    parameters = subject.parameters(profile, changed)
+    with Parts(Path(folder), experiment, profile, parameters, provenance()) as done:
+        path = runs.save(subject.run(profile, changed, parts=done), Path(folder))
+        done.forget()
+    return str(path)
 
 
 def check_writable(folder: Path) -> None:

@@ -185,6 +185,11 @@ class Investigation:
             if run.recorded
             else f"Measured in {_seconds(run)} on kernel {run.kernel}, saved as {_place(run)}."
         )
+        if isinstance(known := run.provenance.get("continued"), dict):
+            line += (
+                f" It was begun at {known['begun_at']} and stopped, and continued after "
+                f"{known['parts_before']} parts."
+            )
         html = _banner(line) if run.recorded else f"<p>{escape(line)}</p>"
         progress.end(html, line)
         _show(_counts_html(run), run.counts.to_string(index=False))

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +15,8 @@ import pandas as pd
 from labkit.analysis.runs import Triad
 from labkit.analysis.statistics import percentiles
 from labkit.failures.experiment import Tables, experiment, say
+from labkit.failures.parts import Parts
+from labkit.failures.progress import Meter
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.sync.double_map import DoubleMap
@@ -185,6 +189,7 @@ def sync_benchmark(
     most_operations: int,
     ring_bytes: int,
     seed: int,
+    parts: Parts,
 ) -> Tables:
     """Run every cell of the matrix in an order of its own per repetition, and keep its figures.
 
@@ -214,6 +219,8 @@ def sync_benchmark(
         Size of the ring, bytes.
     seed : int
         Of the order.
+    parts : Parts
+        What is done already: a part is one repetition of one cell.
 
     Returns
     -------
@@ -250,30 +257,46 @@ def sync_benchmark(
     tails: list[pd.DataFrame] = []
     histories: list[pd.DataFrame] = []
     floor: list[dict[str, object]] = []
-    begun, every = time.monotonic(), repetitions * len(cells)
     longest = min(most_operations, round(seconds * max([*rates, *saturation])))
-    with _Grounds(keys, longest, ring_bytes) as grounds:
+    with ExitStack() as stack:
+        grounds = stack.enter_context(_Grounds(keys, longest, ring_bytes))
+        say("compiling the writers")
         for cell in cells:
             grounds.prepare(cell)
+
+        def one(cell: Cell, remember: bool) -> dict[str, object]:
+            trace = grounds.run(cell, seconds, switches)
+            row, tail = _figures(trace, cell.rate, warm_up_s)
+            kept = _history(trace).to_dict("list") if remember else {}
+            return {"row": row, "tail": tail.to_dict("list"), "history": kept}
+
+        meter = stack.enter_context(
+            Meter(repetitions * (1 + len(cells)), done=parts.before, unit="part")
+        )
+
+        def measured(name: str, measure: Callable[[], object]) -> Any:
+            known = name in parts
+            value = parts.measure(name, measure)
+            if not known:
+                meter.step()
+            return value
+
         for repetition in range(repetitions):
-            a_round = (time.monotonic() - begun) / max(1, repetition)
+            a_round = parts.spent_s / max(1, repetition)
             if repetition >= _LEAST_ROUNDS and (repetition + 1) * a_round > within_s:
                 say(f"no time for round {repetition + 1} of {repetitions}")
                 break
-            floor += [{"repetition": repetition, **row} for row in _floor(ring_bytes)]
-            for place, number in enumerate(rng.permutation(len(cells)).tolist()):
-                done = repetition * len(cells) + place
-                if done and done % 10 == 0:
-                    left = (time.monotonic() - begun) / done * (every - done)
-                    say(f"{done} of {every} runs, {left:.0f} s left")
+            rows = measured(f"{repetition:03}-floor", lambda: _floor(ring_bytes))
+            floor += [{"repetition": repetition, **row} for row in rows]
+            for number in rng.permutation(len(cells)).tolist():
                 cell = cells[number]
-                trace = grounds.run(cell, seconds, switches)
-                row, tail = _figures(trace, cell.rate, warm_up_s)
+                remember = repetition == 0 and cell in remembered
+                part = measured(f"{repetition:03}-{number:03}", partial(one, cell, remember))
                 where = {"cell": number, "repetition": repetition}
-                table.append({**where, **asdict(cell), **row})
-                tails.append(tail.assign(**where))
-                if repetition == 0 and cell in remembered:
-                    histories.append(_history(trace).assign(cell=number))
+                table.append({**where, **asdict(cell), **part["row"]})
+                tails.append(pd.DataFrame(part["tail"]).assign(**where))
+                if remember:
+                    histories.append(pd.DataFrame(part["history"]).assign(cell=number))
     frame = pd.DataFrame(table).sort_values(["cell", "repetition"], ignore_index=True)
     return {
         "counts": _counts(frame, rates, sizes[0]),
@@ -281,7 +304,9 @@ def sync_benchmark(
         "tails": pd.concat(tails, ignore_index=True).astype(
             {"cell": "int16", "repetition": "int16", "share": "float32", "ns": "float32"}
         ),
-        "history": pd.concat(histories, ignore_index=True),
+        "history": pd.concat(histories, ignore_index=True).astype(
+            {"key": "uint16", "version": "uint32"}
+        ),
         "floor": pd.DataFrame(floor),
     }
 
@@ -408,8 +433,8 @@ def _history(trace: Trace) -> pd.DataFrame:
     names = ("intended_ns", "start_ns", "end_ns", "seen_ns")
     return pd.DataFrame(
         {
-            "key": trace.key[kept].astype(np.uint16),
-            "version": (trace.version[kept] - trace.version.min() + 1).astype(np.uint32),
+            "key": trace.key[kept],
+            "version": trace.version[kept] - trace.version.min() + 1,
             **{name: since(getattr(trace, name)[kept], start) for name in names},
         }
     )

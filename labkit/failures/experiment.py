@@ -7,7 +7,6 @@ import functools
 import importlib
 import inspect
 import pkgutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ import pandas as pd
 
 from labkit.analysis.runs import PROFILES, Run
 from labkit.errors import BadInput
+from labkit.failures.parts import Parts
+from labkit.failures.progress import say as say
 from labkit.kernel import probe
 from labkit.kernel.provenance import provenance, usage, usage_since
 
@@ -58,6 +59,8 @@ class Experiment:
     measure
         Does the work and returns the tables of the run, ``counts`` among them. Its
         docstring gives the parameters with their units.
+    in_parts
+        ``measure`` takes `Parts` as ``parts``: a run that was stopped can be continued.
     """
 
     id: str
@@ -68,6 +71,7 @@ class Experiment:
     needs: tuple[str, ...]
     profiles: Mapping[str, Mapping[str, Value]]
     measure: Callable[..., Tables]
+    in_parts: bool = False
 
     def parameters(self, profile: str, changed: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Parameters of a profile, with the caller's changes checked.
@@ -92,7 +96,13 @@ class Experiment:
         """The features that this kernel lacks for the experiment; empty when it can run."""
         return [feature for name in self.needs if not (feature := probe.probe(name)).works]
 
-    def run(self, profile: str = "quick", changed: Mapping[str, Any] | None = None) -> Run:
+    def run(
+        self,
+        profile: str = "quick",
+        changed: Mapping[str, Any] | None = None,
+        *,
+        parts: Parts | None = None,
+    ) -> Run:
         """Measure here and now, in this process.
 
         Parameters
@@ -101,6 +111,9 @@ class Experiment:
             ``quick`` or ``full``.
         changed : mapping, optional
             Parameters that differ from the profile's.
+        parts : Parts, optional
+            What is done of this measurement, where it is one in parts. The run's provenance then
+            has ``continued``: when it was begun, and how many parts were done by then.
 
         Returns
         -------
@@ -117,7 +130,15 @@ class Experiment:
         parameters = self.parameters(profile, changed)
         probe.require(*self.needs)
         facts, before, begun = provenance(), usage(), time.monotonic()
-        tables = self.measure(**parameters)
+        if self.in_parts:
+            parts = Parts() if parts is None else parts
+            parameters_and = {**parameters, "parts": parts}
+            begun -= parts.spent_s
+            if parts.before:
+                facts["continued"] = {"begun_at": parts.begun_at, "parts_before": parts.before}
+        else:
+            parameters_and = parameters
+        tables = self.measure(**parameters_and)
         facts["duration_s"] = round(time.monotonic() - begun, 3)
         facts["meanwhile"] = usage_since(before)
         return Run(self.id, profile, parameters, facts, tables)
@@ -144,7 +165,8 @@ def experiment(
     id, number, family, question, claims, needs
         As `Experiment` describes them.
     quick, full : mapping
-        A value for every keyword parameter of the function.
+        A value for every keyword parameter of the function, but ``parts``: one that has it
+        measures in parts, so that a run that was stopped can be continued.
 
     Returns
     -------
@@ -159,7 +181,7 @@ def experiment(
     """
 
     def register(function: Callable[..., Tables]) -> Callable[..., Tables]:
-        wanted = set(inspect.signature(function).parameters)
+        wanted = set(inspect.signature(function).parameters) - {"parts"}
         for profile, given in (("quick", quick), ("full", full)):
             if set(given) != wanted:
                 raise BadInput(f"The {profile} profile of {id} must name {sorted(wanted)}.")
@@ -177,6 +199,7 @@ def experiment(
             needs=needs,
             profiles={"quick": dict(quick), "full": dict(full)},
             measure=function,
+            in_parts="parts" in inspect.signature(function).parameters,
         )
         return function
 
@@ -202,11 +225,6 @@ def find(id: str) -> Experiment:
         hint = f"did you mean {' or '.join(near)}?" if near else "see python -m labkit list."
         raise BadInput(f"There is no experiment {id!r}: {hint}")
     return known[id]
-
-
-def say(words: str) -> None:
-    """Tell the user what goes on now; one short line on standard error."""
-    print(words, file=sys.stderr, flush=True)
 
 
 def _checked(id: str, name: str, usual: Value, value: Any) -> Value:

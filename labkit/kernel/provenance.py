@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gzip
+import hashlib
 import os
 import platform
 import re
@@ -56,7 +57,8 @@ def provenance() -> dict[str, object]:
         - load: the load averages; stolen_share: share of CPU time since boot that other
           machines on the host took
         - tools: versions of bcc, clang, libbpf, bpftool, headers, python and packages
-        - code: version, commit, and modified (bool, None where there is no git)
+        - code: version, commit, modified (bool, None where there is no git), and digest, of all
+          that is in labkit and bpf
     """
     return {
         "recorded_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -327,4 +329,14 @@ def _code() -> dict[str, object]:
         "modified": bool(_said(*git, "status", "--porcelain", "--", "labkit", "bpf"))
         if commit
         else None,
+        "digest": _digest(),
     }
+
+
+def _digest() -> str:
+    known = hashlib.sha256()
+    for folder in ("labkit", "bpf"):
+        for path in sorted((_CHECKOUT / folder).rglob("*")):
+            if path.suffix in (".py", ".c", ".h", ".go") and path.is_file():
+                known.update(f"{path.relative_to(_CHECKOUT)}\n".encode() + path.read_bytes())
+    return known.hexdigest()

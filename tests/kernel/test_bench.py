@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from labkit.analysis.checkers import accounting
 from labkit.errors import BadInput
+from labkit.measure import measure
 from labkit.sync.double_map import DoubleMap
 from labkit.sync.hybrid import Hybrid
 from labkit.sync.poll import Poll
@@ -88,3 +93,34 @@ def test_bad_orders_are_refused() -> None:
         for rate, seconds, writer in ((0.0, 1.0, "program"), (1.0, 0.0, "program"), (1, 1, "me")):
             with pytest.raises(BadInput, match="A load has"), Poll() as strategy:
                 load.run(strategy, rate=rate, seconds=seconds, writer=writer)
+
+
+@pytest.mark.timeout(300)
+def test_a_benchmark_that_was_killed_goes_on_with_what_it_had(tmp_path: Path) -> None:
+    changed = {
+        "rates": [2_000, 20_000], "sizes": [8], "saturation": [100_000], "switched": [4_000],
+        "switches": 5, "repetitions": 2, "seconds": 0.05, "warm_up_s": 0.005, "keys": 40,
+    }  # fmt: skip
+    order = f"measure('sync-benchmark', changed={changed!r}, folder=Path({str(tmp_path)!r}))"
+    script = f"from pathlib import Path; from labkit.measure import measure; {order}"
+    running = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.rglob("part-*.json"))) < 5:
+            assert running.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        running.kill()
+        running.wait()
+    said: list[str] = []
+    run = measure(
+        "sync-benchmark", changed=changed, folder=tmp_path, time_limit_s=240, say=said.append
+    )
+    assert sum("Continuing the run of sync-benchmark" in words for words in said) == 1
+    continued = run.provenance["continued"]
+    assert isinstance(continued, dict) and continued["parts_before"] >= 5
+    cells = run.table("cells")
+    assert (cells.groupby("cell")["repetition"].nunique() == 2).all()
+    assert not cells.duplicated(["cell", "repetition"]).any()
+    assert (cells["produced"] == cells["operations"]).all() and (cells["unseen"] == 0).all()
+    assert set(run.table("floor")["repetition"]) == {0, 1}

@@ -7,10 +7,15 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
+
+import pandas as pd
 
 from labkit.analysis.runs import Triad
 from labkit.errors import Unavailable
 from labkit.failures.experiment import Tables, Value, experiment, say
+from labkit.failures.parts import Parts
+from labkit.failures.progress import Meter
 
 
 def _counts(lost: int) -> Tables:
@@ -73,6 +78,23 @@ def holds_objects(*, seconds: float) -> Tables:
     return _counts(1)
 
 
+def in_parts(*, pauses: int, seconds: float, parts: Parts) -> Tables:
+    """Take naps, and tell who took which."""
+    rows = []
+    with Meter(pauses, done=parts.before, unit="nap") as meter:
+        for nap in range(pauses):
+            fresh = f"{nap:02}" not in parts
+            rows.append(parts.measure(f"{nap:02}", partial(_nap, nap, seconds)))
+            if fresh:
+                meter.step()
+    return {**_counts(1), "naps": pd.DataFrame(rows)}
+
+
+def _nap(nap: int, seconds: float) -> dict[str, object]:
+    time.sleep(seconds)
+    return {"nap": nap, "worker": os.getpid(), "depth": float("nan")}
+
+
 def _register(number: int, id: str, function: Callable[..., Tables], **values: Value) -> None:
     experiment(
         id, number=number, family="stale-reads", question=f"What does {id} do?",
@@ -86,4 +108,5 @@ _register(903, "toy-spins", spins, letters=64)
 _register(904, "toy-lacks", lacks, lost=7)
 _register(905, "toy-raises", raises, lost=7)
 _register(906, "toy-aborts", aborts, lost=7)
+_register(908, "toy-in-parts", in_parts, pauses=12, seconds=0.1)
 _register(907, "toy-holds-objects", holds_objects, seconds=600.0)
