@@ -9,6 +9,7 @@
 
 #include <uapi/linux/ptrace.h>
 #include "trace_hook.h"
+#include "map_of_fd.h"
 
 #define NR_BPF 321  // of x86-64; 32-bit processes enter by another number, and are not seen
 
@@ -28,21 +29,6 @@ struct batch_call {
 	u32 count;  // the kernel writes back how many elements it went through
 	u32 map_fd;
 };
-
-/* The id of the map behind a descriptor of the current process: what fget and map->id would say. */
-static inline u32 map_id(u32 fd)
-{
-	u64 at = bpf_get_current_task();
-	u32 id = 0;
-
-	bpf_probe_read_kernel(&at, sizeof(at), (void *)(at + TASK_FILES_AT));
-	bpf_probe_read_kernel(&at, sizeof(at), (void *)(at + FILES_TABLE_AT));
-	bpf_probe_read_kernel(&at, sizeof(at), (void *)(at + TABLE_FILES_AT));
-	bpf_probe_read_kernel(&at, sizeof(at), (void *)(at + 8 * (u64)fd));
-	bpf_probe_read_kernel(&at, sizeof(at), (void *)(at + FILE_PRIVATE_AT));
-	bpf_probe_read_kernel(&id, sizeof(id), (void *)(at + MAP_ID_AT));
-	return id;
-}
 
 static inline void element_changed(u32 command, u64 attr, s64 result)
 {

@@ -191,7 +191,9 @@ def _watched(sort: MapSort, writes: int, answers: dict[str, str]) -> list[dict[s
     """Rows of one type; ``answers`` are those of mechanisms that the kernel refused."""
     rows: list[dict[str, object]] = []
     with ExitStack() as stack:
-        table, (old, new) = stack.enter_context(made(sort, writes + _SPARE))
+        # A lookup in an outer map may wait for all readers: its snapshot has no empty slot to try.
+        spare = _SPARE if sort.evicts else 0
+        table, (old, new) = stack.enter_context(made(sort, writes + spare))
         loaded: dict[str, Function] = {}
         if sort.kind not in OF_MAPS:  # no program may write one
             unit = stack.enter_context(

@@ -38,6 +38,11 @@ class MapSort:
         return self.kind not in (MapKind.ARRAY, MapKind.PERCPU_ARRAY)
 
     @property
+    def evicts(self) -> bool:
+        """Whether a new key may push an old one out."""
+        return self.kind in (MapKind.LRU_HASH, MapKind.LRU_PERCPU_HASH)
+
+    @property
     def key_form(self) -> dict[str, int]:
         """How programs make the i-th key: ``i << KEY_SHIFT | KEY_LOW``, cut to the key's size."""
         trie = self.kind is MapKind.LPM_TRIE

@@ -24,13 +24,12 @@ from labkit.errors import LabError
 from labkit.kernel import leftovers, libbpf, network, tools
 from labkit.kernel.libbpf import AttachType, MapFlag, MapKind, ProgramKind, UpdateFlag
 from labkit.kernel.parallel import cpus
+from labkit.kernel.perf_events import perf_event, probe_source
 from labkit.kernel.pins import PinFolder
 
 _LIMIT_S: Final = 30.0
 _COMPILE_LIMIT_S: Final = 180.0  # an emulated machine takes most of a minute
 _HOOKED_FUNCTION: Final = "vfs_read"
-# perf_event_open, which the C library does not wrap.
-_PERF_EVENT_OPEN: Final = {"x86_64": 298, "aarch64": 241, "riscv64": 241}
 _PERF_SET_BPF: Final = 0x40042408
 _PERF_ENABLE: Final = 0x2400
 
@@ -332,36 +331,11 @@ def _syscall_program() -> str:
         return "ran a sleepable program in place"
 
 
-def _perf_event(
-    kind: int, config: int, *, name: int = 0, offset: int = 0, pid: int = -1, cpu: int = 0
-) -> int:
-    number = _PERF_EVENT_OPEN.get(platform.machine())
-    if number is None:
-        raise Refused(f"perf events are not tried on {platform.machine()}")
-    # struct perf_event_attr: type, size, config, period, ..., wakeup at 48, config1 at 56.
-    attributes = ctypes.create_string_buffer(112)
-    struct.pack_into("=IIQQQ", attributes, 0, kind, len(attributes), config, 1, 1 << 10)
-    struct.pack_into("=IIQQ", attributes, 48, 1, 0, name, offset)
-    libc = ctypes.CDLL(None, use_errno=True)
-    result = libc.syscall(
-        ctypes.c_long(number), attributes, pid, cpu, -1, ctypes.c_ulong(8)  # close on exec
-    )  # fmt: skip
-    return libbpf.checked(result if result >= 0 else -ctypes.get_errno(), "opening a perf event")
-
-
 def _run_on(event: int, program: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     for request, argument in ((_PERF_SET_BPF, program), (_PERF_ENABLE, 0)):
         if libc.ioctl(event, ctypes.c_ulong(request), argument) != 0:
             libbpf.checked(-ctypes.get_errno(), "attaching to a perf event")
-
-
-def _probe_source(name: str) -> int:
-    """Number of the kernel's source of dynamic probe events."""
-    try:
-        return int(Path(f"/sys/bus/event_source/devices/{name}/type").read_text())
-    except OSError:
-        raise Refused(f"the kernel was built without {name}s") from None
 
 
 def _here() -> int:
@@ -382,7 +356,7 @@ def _tracepoint() -> str:
     number = (tools.tracefs_folder() / "events/syscalls/sys_enter_getppid/id").read_text()
     with _Bench() as bench:
         program = bench.counting_program(ProgramKind.TRACEPOINT)
-        event = bench.own(_perf_event(2, int(number), cpu=_here()))
+        event = bench.own(perf_event(2, int(number), cpu=_here()))
         _run_on(event, program)
         return bench.runs_seen(os.getppid)
 
@@ -454,25 +428,25 @@ def _iter() -> str:
 
 @_trial("kprobe", _OTHER_KERNEL)
 def _kprobe() -> str:
-    source = _probe_source("kprobe")
+    source = probe_source("kprobe")
     function = ctypes.create_string_buffer(_HOOKED_FUNCTION.encode())
     with _Bench() as bench:
         program = bench.counting_program(ProgramKind.KPROBE)
-        event = _perf_event(source, 0, name=ctypes.addressof(function), cpu=_here())
+        event = perf_event(source, 0, name=ctypes.addressof(function), cpu=_here())
         _run_on(bench.own(event), program)
         return bench.runs_seen(_read_a_file)
 
 
 @_trial("uprobe", _OTHER_KERNEL)
 def _uprobe() -> str:
-    source = _probe_source("uprobe")
+    source = probe_source("uprobe")
     libc = ctypes.CDLL(None)
     address = ctypes.cast(libc.getppid, ctypes.c_void_p).value or 0
     file, offset = _place_in_file(address)
     path = ctypes.create_string_buffer(file.encode())
     with _Bench() as bench:
         program = bench.counting_program(ProgramKind.KPROBE)
-        event = _perf_event(
+        event = perf_event(
             source, 0, name=ctypes.addressof(path), offset=offset, pid=os.getpid(), cpu=-1
         )
         _run_on(bench.own(event), program)
@@ -716,7 +690,7 @@ def _perf_buffer() -> str:
         events = bench.map(
             MapKind.PERF_EVENT_ARRAY, value_size=4, max_entries=libbpf.possible_cpus()
         )
-        event = bench.own(_perf_event(1, 10, cpu=cpu))  # PERF_COUNT_SW_BPF_OUTPUT
+        event = bench.own(perf_event(1, 10, cpu=cpu))  # PERF_COUNT_SW_BPF_OUTPUT
         with mmap.mmap(event, 2 * mmap.PAGESIZE) as buffer:
             key, value = ctypes.c_uint32(cpu), ctypes.c_uint32(event)
             done = lib.bpf_map_update_elem(events, ctypes.byref(key), ctypes.byref(value), 0)

@@ -100,6 +100,17 @@ def best_mechanism() -> str:
     return "functions"
 
 
+def way_to_map() -> dict[str, int]:
+    """Constants of bpf/map_of_fd.h: where the kernel keeps which map a descriptor means."""
+    return {
+        "TASK_FILES_AT": member_offset("task_struct", "files"),
+        "FILES_TABLE_AT": member_offset("files_struct", "fdt"),
+        "TABLE_FILES_AT": member_offset("fdtable", "fd"),
+        "FILE_PRIVATE_AT": member_offset("file", "private_data"),
+        "MAP_ID_AT": member_offset("bpf_map", "id"),
+    }
+
+
 class Hooks:
     """Programs that emit an event for every change of one map; a context manager.
 
@@ -232,11 +243,7 @@ class Hooks:
             programs.load(
                 "trace_hook_syscalls",
                 MAP_ENTRIES=max_entries,
-                TASK_FILES_AT=member_offset("task_struct", "files"),
-                FILES_TABLE_AT=member_offset("files_struct", "fdt"),
-                TABLE_FILES_AT=member_offset("fdtable", "fd"),
-                FILE_PRIVATE_AT=member_offset("file", "private_data"),
-                **constants,
+                **{**constants, **way_to_map()},
             )
         )
         try:

@@ -14,6 +14,7 @@ from labkit.kernel import libbpf, objects, tools, trials
 from labkit.kernel.libbpf import MapKind, ProgramKind
 from labkit.kernel.objects import Objects, difference, family, snapshot
 from labkit.kernel.parallel import Child
+from labkit.kernel.perf_events import perf_event
 from labkit.kernel.pins import PinFolder
 
 RETURN_ZERO = bytes([0xB7, 0, 0, 0, 0, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0])
@@ -194,7 +195,7 @@ def test_a_program_on_a_perf_event_is_attached_without_a_link(
     before = snapshot()
     program = libbpf.prog_load(ProgramKind.TRACEPOINT, RETURN_ZERO, name="labkit_perf")
     program_id = libbpf.prog_info(program).id
-    perf = trials._perf_event(2, int(event.read_text()))
+    perf = perf_event(2, int(event.read_text()))
     closing.callback(libbpf.close, perf)
     trials._run_on(perf, program)
     libbpf.close(program)
