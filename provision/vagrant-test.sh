@@ -8,7 +8,7 @@
 cd "$LAB_ROOT"
 ((EUID == 0)) || die "This test starts libvirt's daemons: run it as root."
 provision/vm-packages.sh vagrant vagrant-libvirt libvirt-daemon-system libvirt-clients dnsmasq-base \
-    iptables
+    iptables qemu-utils
 image=$(provision/vm-image.sh)
 LAB_VM_ACCEL=$(.venv/bin/python -m labkit.vm accelerator)
 LAB_PORT=$(.venv/bin/python -c 'from labkit import vm; print(vm.free_port())')
@@ -49,10 +49,10 @@ machine_traces() {
         if [[ $start == yes ]]; then
             firewall
             echo "forwarding $(</proc/sys/net/ipv4/ip_forward)"
-            pgrep -a '^(libvirtd|virtlogd)$' || true
+            pgrep -ax libvirtd || pgrep -ax virtlogd || true
         fi
         ip -o link | awk -F': ' '{ print "interface", $2 }' | grep -E 'virbr|vnet' || true
-        pgrep -a 'qemu-system|dnsmasq' | grep -E "$LAB_VM_BOX|vagrant-libvirt" || true
+        pgrep -af 'qemu-system|dnsmasq' | grep -E "$LAB_VM_BOX|vagrant-libvirt" || true
     } | sort
 }
 
@@ -173,7 +173,7 @@ make_box
 vagrant box add --name "$LAB_VM_BOX" "$work/lab.box" >"$work/log" 2>&1 || die "The box cannot be added: see $work/log"
 rm "$work/lab.box"
 step "the box is added; vagrant up"
-if ! timeout 1200 vagrant up --provider=libvirt 2>&1 | tee -a "$work/log" >&2; then
+if ! timeout 1200 vagrant up --no-tty --provider=libvirt 2>&1 | tee -a "$work/log" >&2; then
     die "vagrant up failed."
 fi
 step "vagrant up is done"
