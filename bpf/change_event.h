@@ -29,6 +29,16 @@ struct change_counts {
 	u64 dropped;
 };
 
+/* Changes that no event tells of: the follower sees the count move, and reads the map instead. */
+static inline void count_dropped(u64 changes)
+{
+	u32 program = PROGRAM;
+	struct change_counts *counts = bpf_map_lookup_elem_(COUNTS, &program);
+
+	if (counts)
+		__sync_fetch_and_add(&counts->dropped, changes);
+}
+
 /* An event of which all but key and value stands; NULL, and counted, where it finds no room. */
 static inline struct change_event *begin_change(struct change_counts *counts, u8 kind, u64 version)
 {

@@ -34,6 +34,8 @@ struct operation {
 	u64 end_ns;
 	u32 kind;
 	s32 outcome;   // 0 or minus the errno
+	u32 unread;    // WATCHED: bytes in the ring by then that nobody has read
+	u32 dropped;   // WATCHED: changes of this program and CPU that found no room by then
 };
 
 // labkit.sync.event_writer.CONTROL is the same layout.
@@ -63,6 +65,30 @@ static inline s32 write_locked(u64 *key, struct value *value, u64 *version)
 }
 #endif
 
+// The event of one change; with LOSE_EVERY, each so many-th one finds no room, as in a full ring.
+static inline void tell(struct control *control, u8 kind, u64 *key, struct value *value, u64 version)
+{
+#ifdef LOSE_EVERY
+	if (control->done % LOSE_EVERY == LOSE_EVERY - 1) {
+		count_dropped(1);
+		return;
+	}
+#endif
+	emit_change(kind, key, value, version);
+}
+
+#ifdef WATCHED
+static inline void watch(struct operation *op)
+{
+	u32 program = PROGRAM;
+	struct change_counts *counts = bpf_map_lookup_elem_(COUNTS, &program);
+
+	op->unread = bpf_ringbuf_query(RING, BPF_RB_AVAIL_DATA);
+	if (counts)
+		op->dropped = counts->dropped;
+}
+#endif
+
 BPF_PERCPU_ARRAY(scratch, struct value, 1);  // 1024 bytes are too many for a program's stack
 
 // One operation, if it is due; answers whether it was.
@@ -88,7 +114,7 @@ static inline int write_one(struct control *control, struct value *value)
 	if (op->kind == CHANGE_DELETE) {
 		outcome = bpf_map_delete_elem_(TABLE, &key);
 		if (!outcome)
-			emit_change(CHANGE_DELETE, &key, NULL, version);
+			tell(control, CHANGE_DELETE, &key, NULL, version);
 	} else {
 #ifdef LOCKED
 		outcome = write_locked(&key, value, &version);
@@ -99,10 +125,13 @@ static inline int write_one(struct control *control, struct value *value)
 		outcome = bpf_map_update_elem_(TABLE, &key, value, BPF_ANY);
 #endif
 		if (!outcome)
-			emit_change(CHANGE_UPDATE, &key, value, version);
+			tell(control, CHANGE_UPDATE, &key, value, version);
 	}
 	op->outcome = outcome;
 	op->end_ns = bpf_ktime_get_ns();
+#ifdef WATCHED
+	watch(op);
+#endif
 	control->at++;
 	if (control->at == SCRIPT_OPERATIONS) {
 		control->at = 0;

@@ -33,16 +33,6 @@ static inline long copy(enum memory memory, void *to, u32 size, u64 from)
 	return bpf_probe_read_kernel(to, size, (void *)from);
 }
 
-/* Changes that no event tells of: the follower sees the count move, and reads the map instead. */
-static inline void count_dropped(u64 changes)
-{
-	u32 program = PROGRAM;
-	struct change_counts *counts = bpf_map_lookup_elem_(COUNTS, &program);
-
-	if (counts)
-		__sync_fetch_and_add(&counts->dropped, changes);
-}
-
 /* A change that somebody else made. The version stands in the value; a delete that gives no value
  * back (value is 0) has version 0: none is known.
  */

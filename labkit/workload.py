@@ -197,7 +197,7 @@ class Load:
                 start[0] = time.monotonic_ns() + _LEAD_NS + 200 * count  # for its preparations
                 write_by_calls(self.table, order, order["due_ns"] + start[0], times, progress)
 
-        with _undisturbed(), Child(write, cpu=another_cpu(0)) as child:
+        with undisturbed(), Child(write, cpu=another_cpu(0)) as child:
             os.sched_setaffinity(0, {another_cpu(1)})
             _await(lambda: int(start[0]) > 0, child)
             news, cpu_ns, wall_ns = _follow(strategy, lambda: int(progress[0]) >= count, child)
@@ -333,7 +333,7 @@ class Generations:
                 times[i, 1] = time.monotonic_ns()
             progress[0] = switches
 
-        with _undisturbed(), Child(write, cpu=another_cpu(0)) as child:
+        with undisturbed(), Child(write, cpu=another_cpu(0)) as child:
             os.sched_setaffinity(0, {another_cpu(1)})
             _await(lambda: int(start[0]) > 0, child)
             news, cpu_ns, wall_ns = _follow(strategy, lambda: int(progress[0]) >= switches, child)
@@ -536,8 +536,46 @@ def _follow(
     return news, *spent
 
 
+def keys_behind(
+    moments: npt.NDArray[np.int64],
+    key: npt.NDArray[np.uint64],
+    end_ns: npt.NDArray[np.uint64],
+    seen_ns: npt.NDArray[np.uint64],
+) -> npt.NDArray[np.int64]:
+    """How many keys a replica was behind with, at some moments.
+
+    A key is behind from the commit of a version until that one, or a newer one, is seen.
+    O(n log n).
+
+    Parameters
+    ----------
+    moments : numpy.ndarray
+        CLOCK_MONOTONIC nanoseconds, shape (m,), int64.
+    key, end_ns, seen_ns : numpy.ndarray
+        Of the writes, each key's in the order of its versions: when it was committed, and when it
+        or a newer one was first seen (`seen_at`; 0: never).
+
+    Returns
+    -------
+    numpy.ndarray
+        int64, shape (m,).
+    """
+    never = np.iinfo(np.int64).max
+    order = np.argsort(key, kind="stable")
+    of, begin = key[order], end_ns[order].astype(np.int64)
+    seen = seen_ns[order].astype(np.int64)
+    seen[seen == 0] = never
+    # With the next version begins the next version's own span.
+    following = np.append(begin[1:], never)
+    following[np.append(of[1:] != of[:-1], True)] = never
+    end = np.maximum(begin, np.minimum(seen, following))
+    begun = np.searchsorted(np.sort(begin), moments, side="right")
+    ended = np.searchsorted(np.sort(end), moments, side="right")
+    return begun - ended
+
+
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """No collection of garbage meanwhile, our share of the CPUs, and our CPUs back in the end."""
     usual, collecting = os.sched_getaffinity(0), gc.isenabled()
     gc.disable()

@@ -32,11 +32,14 @@ OPERATION = np.dtype(
         ("end_ns", "u8"),
         ("kind", "u4"),
         ("outcome", "i4"),
+        ("unread", "u4"),
+        ("dropped", "u4"),
     ]
 )
 """One operation of a script: key; version; due_ns after the start (0: at once); kind
 (`labkit.sync.changes.ChangeKind`). The writer fills in start_ns and end_ns, CLOCK_MONOTONIC, and
-outcome, 0 or -errno."""
+outcome, 0 or -errno; one that is ``watched`` also how many bytes in the ring nobody had read by
+then (``bpf_ringbuf_query``), and how many of its changes had been dropped."""
 
 CONTROL = np.dtype(
     [
@@ -77,6 +80,11 @@ class EventWriter:
         When the follower is woken: one of `labkit.kernel.ringbuf.WAKEUPS`.
     wakeup_at : int
         Records (``every-n``) or unread bytes (``adaptive``).
+    watched : bool
+        Note the ring's fill and the drops beside each operation.
+    lose_every : int
+        Every so many-th event is not emitted but counted as dropped, as if the ring were full;
+        0: none.
     locked : bool
         The table is that of bpf/locked_table.bpf.c: add 1 to the version in the map, under the
         value's lock, and put it into the script. So several writers may race for one key.
@@ -120,6 +128,8 @@ class EventWriter:
         program: int = 0,
         wakeup: str = "default",
         wakeup_at: int = 1,
+        watched: bool = False,
+        lose_every: int = 0,
         locked: bool = False,
     ) -> None:
         if table.key_size != 8 or table.value_size % 8 or not 8 <= table.value_size <= 1024:
@@ -135,8 +145,10 @@ class EventWriter:
                 "is none of them."
             )
         constants = {**wakeup_constants(wakeup, wakeup_at), "BURST": _BURST}
-        if locked:
-            constants["LOCKED"] = 1
+        if lose_every < 0:
+            raise BadInput(f"lose_every is a number of events, not {lose_every}.")
+        options = {"LOCKED": int(locked), "WATCHED": int(watched), "LOSE_EVERY": lose_every}
+        constants |= {name: number for name, number in options.items() if number}
         self._open = ExitStack()
         self._maps: list[Map] = []
         try:

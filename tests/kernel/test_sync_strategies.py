@@ -266,3 +266,37 @@ def test_hybrid_finds_foreign_writes_in_a_busy_stream(table: Map, channel: Chann
             assert not child.ended()
             writer.stop()
             child.result()
+
+
+# -- a writer that is watched, and one that loses events ------------------------------------
+
+
+def test_a_watched_writer_notes_how_full_the_ring_was_and_what_was_dropped(table: Map) -> None:
+    with (
+        Channel.create(4096) as ring,  # some 70 events
+        EventWriter(table, ring, updates(100, 1), watched=True) as writer,
+        RingEvents(ring) as strategy,
+    ):
+        strategy.attach(table)
+        writer.write(100)
+        unread, dropped = writer.script["unread"], writer.script["dropped"]
+        fits = int((dropped == 0).sum())
+        assert unread[:fits].tolist() == [56 * (at + 1) for at in range(fits)]
+        assert dropped[fits:].tolist() == list(range(1, 100 - fits + 1)) and 0 < fits < 100
+        assert strategy.stats().dropped == 100 - fits
+
+
+def test_a_known_share_of_events_is_lost_and_counted(table: Map, channel: Channel) -> None:
+    with (
+        EventWriter(table, channel, updates(10, 3), lose_every=7) as writer,
+        Hybrid(channel, on_loss=False, pull_every_s=None, idle_s=600) as strategy,
+    ):
+        strategy.attach(table)
+        writer.write(30)
+        versions = strategy.poll(5)["version"]
+        assert len(versions) == 26
+        stats = strategy.stats()
+        assert (stats.produced, stats.delivered, stats.dropped) == (30, 26, 4)
+        assert strategy.behind and not writer.script["unread"].any()
+    with pytest.raises(BadInput, match="lose_every"):
+        EventWriter(table, channel, updates(1, 1), lose_every=-1)

@@ -15,7 +15,7 @@ from labkit.analysis.runs import Run, Triad
 from labkit.analysis.strategies import beside_the_article, choices, measured
 from labkit.comparisons.sync_benchmark import DOUBLE_MAP, STRATEGIES, Cell, matrix
 from labkit.sync.changes import change_dtype
-from labkit.workload import mixed_looks, seen_at
+from labkit.workload import keys_behind, mixed_looks, seen_at
 
 RATES, SATURATION = [1_000, 10_000, 100_000], [1_000_000]
 WAKEUPS = ["always", "every-n", "adaptive", "never"]
@@ -102,6 +102,32 @@ def test_seen_is_the_first_sight_of_that_version_or_a_newer_one(data: st.DataObj
             if row["key"] == key[i] and row["version"] >= version[i]
         ]
         assert seen[i] == min(moments, default=0)
+
+
+@given(st.data())
+def test_a_key_is_behind_from_a_commit_until_it_or_a_newer_one_is_seen(data: st.DataObject) -> None:
+    keys, rounds = 3, 4
+    key = np.repeat(np.arange(keys, dtype=np.uint64), rounds)
+    end, seen = np.zeros(len(key), np.uint64), np.zeros(len(key), np.uint64)
+    for of in range(keys):
+        times = st.lists(st.integers(1, 60), min_size=rounds, max_size=rounds, unique=True)
+        end[of * rounds : (of + 1) * rounds] = sorted(data.draw(times))
+        # Seen is of that version or a newer one, so that it only grows; from some on, never.
+        first = sorted(data.draw(times))
+        last = data.draw(st.integers(0, rounds))
+        seen[of * rounds : of * rounds + last] = first[:last]
+    order = np.argsort(end, kind="stable")
+    moments = np.arange(0, 62)
+    counted = keys_behind(moments, key[order], end[order], seen[order])
+    for moment in moments.tolist():
+        behind = 0
+        for of in range(keys):
+            mine = slice(of * rounds, (of + 1) * rounds)
+            known = np.flatnonzero(end[mine] <= moment)
+            if len(known):
+                at = int(seen[mine][known[-1]])
+                behind += at == 0 or at > moment
+        assert counted[moment] == behind
 
 
 def test_a_sound_run_holds() -> None:
