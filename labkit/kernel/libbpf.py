@@ -70,6 +70,7 @@ class MapFlag(IntFlag):
     NO_COMMON_LRU = 1 << 1
     RDONLY = 1 << 3
     WRONLY = 1 << 4
+    ZERO_SEED = 1 << 6
     RDONLY_PROG = 1 << 7
     WRONLY_PROG = 1 << 8
     MMAPABLE = 1 << 10

@@ -70,6 +70,7 @@ FUNCTIONS: Final[dict[MapKind, dict[str, str]]] = {
     MapKind.HASH_OF_MAPS: {
         "bpf_fd_htab_map_update_elem": "on_update_fd",
         "htab_map_delete_elem": "on_delete",
+        "htab_map_lookup_and_delete_batch": "on_take_batch",
     },
 }
 """Kernel functions that change a map, and the program of bpf/trace_hook_functions.bpf.c for each.
