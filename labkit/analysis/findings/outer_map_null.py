@@ -30,7 +30,7 @@ def outer_map_null(run: Run) -> Finding:
                   control.anomalies == 0 < control.operations, str(control)),
             Check("an outer array never lacks a key", fixed.anomalies == 0 < fixed.operations,
                   str(fixed)),
-            Check("an outer hash does at many switches, or at none", switches > 0 and (often or absent == 0),
-                  f"{absent:,} in {switches:,} switches"),
+            Check("an outer hash does at many switches, or at none",
+                  switches > 0 and (often or absent == 0), f"{absent:,} in {switches:,} switches"),
         ),
     )  # fmt: skip
