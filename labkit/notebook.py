@@ -221,7 +221,9 @@ class Investigation:
         run = runs.latest(self.runs_folder, experiment, self.profile)
         if run is None:
             lacks = f"{experiment} was not measured here yet."
-            run = self._recorded(subject, _Progress(experiment), lacks)
+            progress = _Progress(experiment)
+            run = self._recorded(subject, progress, lacks)
+            progress.end("", "")
         if run is not None:
             line = f"{'Recorded' if run.recorded else 'Measured'} on kernel {run.kernel}, read "
             line += f"from {_place(run)}."

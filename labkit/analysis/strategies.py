@@ -9,7 +9,7 @@ from typing import Final
 
 import pandas as pd
 
-from labkit.analysis.findings.sync_benchmark import middle_rate, rows_of
+from labkit.analysis.findings.sync_benchmark import middle_rate, rows_of, usual
 from labkit.analysis.runs import Run
 
 PUBLISHED: Final = Path(__file__).resolve().parents[2] / "data" / "reference" / "sync-methods.csv"
@@ -18,6 +18,7 @@ PUBLISHED: Final = Path(__file__).resolve().parents[2] / "data" / "reference" / 
 _OURS: Final = {"batch pull": "poll 10 ms", "event-driven": "events", "hybrid": "hybrid"}
 _NEAR: Final = 1.1  # what differs by less is told apart by no run
 _LOST: Final = 0.001  # of the changes: a rate is carried while fewer are not handed out
+_NEEDS: Final = 5  # rows of `by_need`
 _BEHIND: Final = 0.95  # and while the writer reaches this share of it
 
 
@@ -167,11 +168,7 @@ def choices(run: Run) -> pd.DataFrame:
             f"{highest:,}/s"
             if safe else "every strategy dropped or passed over some in this run",
         ),
-        (
-            "atomic over keys", "double map",
-            "not measured in this run: the followers above apply changes key by key, and what a "
-            "reader then sees is measured by mixed-generations",
-        ),
+        _atomic(run),
         (
             "foreign writers", "hook, with a slow pull",
             f"p50 of {_ms(hook['commit_p50_ns'].median())} ms after the commit and "
@@ -188,6 +185,79 @@ def choices(run: Run) -> pd.DataFrame:
         ),
     ]  # fmt: skip
     return pd.DataFrame(lines, columns=["need", "choose", "because"])
+
+
+def _atomic(run: Run) -> tuple[str, str, str]:
+    """Who hands out all keys at once, by how often a look found them at different versions."""
+    looks = usual(run).groupby("strategy")[["looks", "mixed"]].sum()
+    whole = looks[(looks["mixed"] == 0) & (looks["looks"] > 0)]
+    name = str(whole["looks"].idxmax()) if len(whole) else "none"
+    shares = (looks["mixed"] / looks["looks"]).drop(index=name, errors="ignore")
+    best = str(shares.idxmin())
+    reason = f"of {best} {shares[best]:.0%} did, the others more"
+    if name != "none":
+        found = int(looks["looks"][name])
+        reason = f"none of {found:,} looks at its copy found keys at different versions; {reason}"
+    return "atomic over keys", name, reason
+
+
+def by_need(run: Run) -> pd.DataFrame:
+    """What each strategy does for each need, as measured.
+
+    Parameters
+    ----------
+    run : Run
+        Of sync-benchmark.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row for each need, text: ``need``, and a column for each strategy. Latencies are from
+        the intended time, at the second rate; what is handed out and dropped is that at the
+        highest one; medians over the repetitions.
+    """
+    rate, highest = middle_rate(run), highest_rate(run)
+    cells = usual(run)
+    foreign = run.table("cells")
+    foreign = foreign[
+        (foreign["strategy"] == "poll 10 ms")
+        & (foreign["writer"] == "process")
+        & (foreign["rate"] == rate)
+    ]
+    seen = {
+        "events": "none: who writes must emit (coverage-matrix)",
+        "hybrid": "late: with its next pull (foreign-writer)",
+        "double map": "none: who writes must publish",
+    }
+    columns: dict[str, list[str]] = {}
+    for name in ("poll 10 ms", "events", "hybrid", "hook", "double map"):
+        of = cells[cells["strategy"] == name]
+        base, top = of[of["rate"] == rate], of[of["rate"] == highest]
+        if base.empty or top.empty:
+            columns[name] = ["not in this run"] * _NEEDS
+            continue
+        share = float(top["delivered"].sum() / top["operations"].sum())
+        mixed = float(of["mixed"].sum() / of["looks"].sum())
+        by_others = foreign if name == "poll 10 ms" else base
+        columns[name] = [
+            f"p50 {_ms(base['p50_ns'].median())} ms, p99 {_ms_or_less(base['p99_ns'].median())}",
+            f"{min(share, 1.0):.1%} of the versions, {int(top['dropped'].sum()):,} dropped, "
+            f"{top['achieved'].median():,.0f}/s reached",
+            f"{mixed:.0%} of {int(of['looks'].sum()):,} looks mixed",
+            seen.get(name)
+            or f"{by_others['delivered'].sum() / by_others['operations'].sum():.0%} of the "
+            f"versions, p50 {_ms(by_others['p50_ns'].median())} ms",
+            f"{base['follower_ns'].median() / 1e3:,.1f} us, and {base['writer_ns'].median():,.0f} "
+            "ns of the writer",
+        ]
+    needs = [
+        f"lowest latency, at {rate:,}/s",
+        f"no lost version, at {highest:,}/s",
+        "atomic over keys",
+        f"foreign writers, at {rate:,}/s",
+        f"lowest cost per change, at {rate:,}/s",
+    ]
+    return pd.DataFrame({"need": needs, **columns})
 
 
 def measured(run: Run) -> pd.DataFrame:
@@ -250,7 +320,11 @@ def _figure(number: float) -> str:
 
 
 def _ms(ns: float) -> str:
-    return f"{ns / 1e6:,.2g}"
+    return f"{ns / 1e6:,.0f}" if ns >= 1e7 else f"{ns / 1e6:,.2g}"
+
+
+def _ms_or_less(ns: float) -> str:
+    return "not known: too few writes" if math.isnan(ns) else f"{_ms(ns)} ms"
 
 
 def _verdict(theirs: float, ours: float, same_order: bool) -> str:

@@ -7,12 +7,12 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit.analysis.findings import judge
 from labkit.analysis.runs import Run, Triad
-from labkit.analysis.strategies import beside_the_article, choices, measured
+from labkit.analysis.strategies import beside_the_article, by_need, choices, measured
 from labkit.comparisons.sync_benchmark import DOUBLE_MAP, STRATEGIES, Cell, matrix
 from labkit.sync.changes import change_dtype
 from labkit.workload import keys_behind, mixed_looks, seen_at
@@ -83,6 +83,7 @@ def test_the_matrix_varies_each_axis_for_every_strategy_that_has_it() -> None:
     assert {cell.wakeup for cell in cells if cell.strategy == "events"} == {"default", *WAKEUPS}
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_seen_is_the_first_sight_of_that_version_or_a_newer_one(data: st.DataObject) -> None:
     keys, rounds, first = 3, 4, 7
@@ -104,6 +105,7 @@ def test_seen_is_the_first_sight_of_that_version_or_a_newer_one(data: st.DataObj
         assert seen[i] == min(moments, default=0)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_key_is_behind_from_a_commit_until_it_or_a_newer_one_is_seen(data: st.DataObject) -> None:
     keys, rounds = 3, 4
@@ -197,4 +199,16 @@ def test_every_need_has_a_choice_and_a_measured_reason() -> None:
     assert "1,000,000/s" in because["no lost version"]
     assert choose["lowest cost"].startswith("poll")
     assert "100%" in because["foreign writers"]
+    assert choose["atomic over keys"] == DOUBLE_MAP
+    assert "none of" in because["atomic over keys"] and "90% did" in because["atomic over keys"]
+    assert not (table == "").any().any()
+
+
+def test_every_need_is_answered_for_every_strategy() -> None:
+    table = by_need(made_up()).set_index("need")
+    assert table.shape == (5, 5)
+    atomic = table.loc["atomic over keys"].astype(str)
+    assert atomic[DOUBLE_MAP].startswith("0% of") and atomic["events"].startswith("90% of")
+    whole = table.loc["no lost version, at 100,000/s"].astype(str)
+    assert whole["poll 10 ms"].startswith("25.0% of")
     assert not (table == "").any().any()

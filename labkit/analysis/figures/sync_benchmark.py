@@ -27,7 +27,7 @@ _WIDE = 2 * style.HALF_PAGE[0]
 
 @draws("sync-benchmark")
 def sync_benchmark(run: Run) -> Figure:
-    """Draw the latency of changes: its tail at every rate, and its percentiles against the rate.
+    """Draw the latency of changes: its distribution and tail at every rate, and percentiles.
 
     Parameters
     ----------
@@ -37,25 +37,29 @@ def sync_benchmark(run: Run) -> Figure:
     Returns
     -------
     matplotlib.figure.Figure
-        One axes for each rate with the share of changes that were later than x, pooled over the
-        repetitions; then p50, p99 and p99.9 against the rate, medians with 95 % intervals over
-        the repetitions (their range where there are too few).
+        For each rate, the share of changes that were seen by a time, and below it, on two
+        logarithmic axes, the share that was later, pooled over the repetitions; then p50, p99 and
+        p99.9 against the rate, medians with 95 % intervals over the repetitions (their range
+        where there are too few).
     """
     cells = usual(run)
     rates = _rates(run)
-    figure = pyplot.figure(figsize=(_WIDE, 5.0))
-    grid = figure.add_gridspec(2, 6)
-    first: Axes | None = None
+    figure = pyplot.figure(figsize=(_WIDE, 7.2))
+    grid = figure.add_gridspec(3, 6)
+    first: tuple[Axes | None, Axes | None] = (None, None)
     for i, rate in enumerate(rates[:3]):
-        ax = figure.add_subplot(grid[0, 2 * i : 2 * i + 2], sharex=first, sharey=first)
-        _tails(ax, run, cells[cells["rate"] == rate])
-        ax.set_title(f"{rate:,} changes/s")
-        if first is None:
-            first = ax
-            ax.set_ylabel("share of changes seen later")
-        ax.set_xlabel("latency (ms)", loc="right")
+        columns = slice(2 * i, 2 * i + 2)
+        above = figure.add_subplot(grid[0, columns], sharex=first[0], sharey=first[0])
+        below = figure.add_subplot(grid[1, columns], sharex=above, sharey=first[1])
+        _tails(above, below, run, cells[cells["rate"] == rate])
+        above.set_title(f"{rate:,} changes/s")
+        if first[0] is None:
+            first = above, below
+            above.set_ylabel("share seen by then")
+            below.set_ylabel("share seen later")
+        below.set_xlabel("latency (ms)", loc="right")
     for i, name in enumerate(("p50_ns", "p99_ns", "p99.9_ns")):
-        ax = figure.add_subplot(grid[1, 2 * i : 2 * i + 2])
+        ax = figure.add_subplot(grid[2, 2 * i : 2 * i + 2])
         _against_rate(ax, cells[cells["rate"].isin(rates)], name, 1e6)
         ax.set_title(f"{name[:-3]} against the rate")
         if i == 0:
@@ -83,7 +87,7 @@ def cost(run: Run) -> Figure:
     figure, axes = pyplot.subplots(2, 2, figsize=(_WIDE, 5.2))
     _throughput(axes[0, 0], axes[1, 0], cells)
     _against_rate(axes[0, 1], cells, "follower_ns", 1e3)
-    axes[0, 1].set_ylabel("follower's CPU (us per change)")
+    axes[0, 1].set_ylabel("follower's CPU (s per million changes)")
     _wakeups(axes[1, 1], run)
     _legend(figure)
     return figure
@@ -136,19 +140,22 @@ def _named(cells: pd.DataFrame) -> list[str]:
     return [name for name in _STRATEGIES if (cells["strategy"] == name).any()]
 
 
-def _tails(ax: Axes, run: Run, cells: pd.DataFrame) -> None:
+def _tails(above: Axes, below: Axes, run: Run, cells: pd.DataFrame) -> None:
     tails = run.table("tails")
     for name in _named(cells):
         number = cells[cells["strategy"] == name]["cell"].iloc[0]
-        # Every repetition has the same shares: their mean is the pooled tail at its quantile.
+        # Every repetition has the same shares: their median is the pooled tail at its quantile.
         rows = tails[tails["cell"] == number].sort_values(["repetition", "share"])
         pooled = rows.assign(place=rows.groupby("repetition").cumcount()).groupby("place").median()
         look = style.look(_STRATEGIES.index(name))
-        ax.plot(pooled["ns"] / 1e6, pooled["share"], color=look.color, ls=look.linestyle)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.xaxis.set_major_locator(LogLocator(numticks=6))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+        for ax, share in ((above, 1 - pooled["share"]), (below, pooled["share"])):
+            ax.plot(pooled["ns"] / 1e6, share, color=look.color, ls=look.linestyle)
+    above.set_xscale("log")
+    above.set_ylim(0, 1.02)
+    above.tick_params(labelbottom=False)
+    below.set_yscale("log")
+    below.xaxis.set_major_locator(LogLocator(numticks=6))
+    below.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _against_rate(ax: Axes, cells: pd.DataFrame, column: str, unit: float) -> None:
