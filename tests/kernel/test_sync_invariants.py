@@ -10,6 +10,7 @@ A strategy takes part by one entry in `CASES`.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -501,8 +503,9 @@ def test_steady_load(case: Case, size: int) -> None:
             assert stats.size_bytes == LARGE_RING and stats.free_bytes == LARGE_RING
 
 
-def test_bursts_past_the_rings_capacity(case: Case) -> None:
-    with new_world(case, entries=2_000) as world:
+@pytest.mark.parametrize("size", [8, 1024])
+def test_bursts_past_the_rings_capacity(case: Case, size: int) -> None:
+    with new_world(case, entries=2_000, words=size // 8) as world:
         writer = world.writer(updates(1_000, 30))
         follower = Follower(world)
         for _ in range(3):
@@ -572,6 +575,48 @@ def test_a_writer_that_is_killed_and_another_takes_over(case: Case) -> None:
         check(world, follower, writer.script, exact=False)
         # What it was killed in may have been done, and is done again.
         assert follower.strategy.stats().produced - len(writer.script) in (0, 1)
+
+
+@pytest.mark.parametrize("step", ["fill", "freeze", "switch", "return"])
+def test_a_writer_killed_at_a_step_of_a_switch_and_another_takes_over(
+    step: str, require_feature: Callable[[str], None]
+) -> None:
+    case = next(case for case in CASES if case.name == "double-map")
+    for feature in ("bpf", "batch_hash", *case.needs):
+        require_feature(feature)
+    with new_world(case, entries=200, words=8) as world:
+        writer = world.writer(updates(100, 60, per_second=10_000))
+        follower = Follower(world)
+        stands = shared_array(1, np.int64)
+        name = {"fill": "update_many", "freeze": "freeze"}.get(step, "update")
+        usual = getattr(Map, name)
+
+        def stand(self: Map, *arguments: Any) -> Any:
+            if writer.done < 1_500:
+                return usual(self, *arguments)
+            if step == "fill":  # half of it is there
+                usual(self, arguments[0][:50], arguments[1][:50])
+            elif step == "return":  # readers have it, and the writer does not know
+                usual(self, *arguments)
+            stands[0] = 1
+            time.sleep(LIMIT_S)
+
+        def work() -> None:
+            setattr(Map, name, stand)
+            writer.write(len(writer.script))
+
+        with Child(work, cpu=another_cpu(1)) as child:
+            follower.until(lambda: bool(stands[0]))
+            os.kill(child.pid, signal.SIGKILL)
+        at = writer.done
+        follower.until(lambda: not follower.poll(0.05))
+        _, versions, _ = follower.replica.contents()
+        # What was in force when it died is whole, and so is the copy.
+        assert follower.replica.differs(world.table.snapshot()) == 0
+        assert len(versions) == 100 and at < len(writer.script)
+        with writing(writer, operations=len(writer.script) - at) as children:
+            follower.drain(*children)
+        check(world, follower, writer.script, exact=False)
 
 
 def test_two_writers_on_one_key_that_take_turns(case: Case) -> None:
@@ -787,6 +832,80 @@ def test_two_programs_that_race_for_one_key(name: str, kernel: None) -> None:
         assert stats.delivered + stats.dropped + stats.coalesced == 60_000
         made = np.concatenate([writer.script for writer in writers])
         assert len(np.unique(made[["key", "version"]])) == 60_000, "the lock did not hold"
+
+
+@pytest.mark.parametrize("name", ["poll", "trace-hook"])
+def test_two_processes_that_race_for_one_key(
+    name: str, require_feature: Callable[[str], None], tmp_path: Path
+) -> None:
+    # A lock orders reading a version and writing the next one; nothing orders who has it.
+    case = next(case for case in CASES if case.name == name)
+    for feature in ("bpf", "compile", "ringbuf", "batch_hash", *case.needs):
+        require_feature(feature)
+    each = 2_000
+    with new_world(case, entries=8, ring_bytes=LARGE_RING) as world:
+        filled(world.table, 1)
+        follower = Follower(world)
+        ready = shared_array(2, np.int64)
+
+        def race(mine: int) -> None:
+            ready[mine] = 1
+            deadline = time.monotonic() + LIMIT_S
+            while not ready.all() and time.monotonic() < deadline:
+                pass
+            with open(tmp_path / "lock", "w") as lock:
+                for _ in range(each):
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    world.map.update(0, int(world.map.lookup(0)) + 1)
+                    fcntl.flock(lock, fcntl.LOCK_UN)
+
+        with Child(partial(race, 0)) as one, Child(partial(race, 1), cpu=another_cpu(1)) as other:
+            follower.drain(one, other)
+        raced(follower, world.table, 1 + 2 * each, produced=2 * each)
+        if case.tells:
+            assert follower.strategy.stats().coalesced == 0, "their order was the lock's"
+
+
+def test_two_publishers_that_race_for_one_key(require_feature: Callable[[str], None]) -> None:
+    case = next(case for case in CASES if case.name == "double-map")
+    for feature in ("bpf", "batch_hash", *case.needs):
+        require_feature(feature)
+    each = 30
+    with new_world(case, entries=8) as world:
+        filled(world.table, 2)
+        follower = Follower(world)
+        table = world.table
+        assert isinstance(table, Published)
+        refused = shared_array(2, np.int64)
+
+        def race(mine: int) -> None:
+            for _ in range(each):
+                while True:
+                    generation, here = table.writer.read()
+                    try:
+                        table.writer.publish(here.keys, here.values + 1, expected=generation)
+                        break
+                    except VersionMismatch:
+                        refused[mine] += 1
+
+        with Child(partial(race, 0)) as one, Child(partial(race, 1), cpu=another_cpu(1)) as other:
+            follower.drain(one, other)
+        assert refused.sum() > 0, "they never raced"
+        raced(follower, table, 1 + 2 * each, produced=2 * 2 * each)
+        for _, changes in follower.polls:
+            assert len(np.unique(changes["version"])) <= 1, "a generation came in pieces"
+
+
+def raced(follower: Follower, table: Map | Published, version: int, *, produced: int) -> None:
+    """No write was lost, none came back, and all are accounted for."""
+    assert int(table.lookup(0)) == version
+    assert follower.replica.differs(table.snapshot()) == 0
+    rows = follower.delivered()
+    rows = rows[rows["key"] == 0]
+    assert (np.diff(rows["version"].astype(np.int64)) > 0).all(), "the key went back"
+    stats = follower.strategy.stats()
+    assert stats.produced == produced
+    assert stats.delivered + stats.dropped + stats.coalesced == produced
 
 
 # -- what else may happen to the ring ---------------------------------------------------------
