@@ -201,10 +201,14 @@ class Shelf:
     fresh
         Folder of runs measured here; None leaves them out. One with other parameters than the
         recorded run of its profile does not count: it may have been too short to see anything.
+    profile
+        Only runs of this profile; None takes any.
     """
 
-    def __init__(self, recorded: Path = RECORDED, fresh: Path | None = None) -> None:
-        self._recorded, self._fresh = Path(recorded), fresh
+    def __init__(
+        self, recorded: Path = RECORDED, fresh: Path | None = None, profile: str | None = None
+    ) -> None:
+        self._recorded, self._fresh, self._profile = Path(recorded), fresh, profile
         self._found: dict[str, dict[str, Run | BadRun]] = {}
 
     def find(self, experiment: str) -> Mapping[str, Run | BadRun]:
@@ -221,6 +225,8 @@ class Shelf:
                 meta = runs.described(path)
             except BadRun:
                 continue  # no kernel can be told, so it stands for none
+            if self._profile not in (None, meta["profile"]):
+                continue
             facts: Any = meta["provenance"]
             kernel, made = series(str(facts["kernel"])), str(facts["recorded_at"])
             if not fresh:
