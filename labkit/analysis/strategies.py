@@ -271,10 +271,11 @@ def measured(run: Run) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row per cell, all text but the first columns: what was run, latencies from the intended
-        time as median (smallest to largest repetition), share of the versions handed out, what was
-        dropped, looks at the replica that found keys at different versions, a write's own time,
-        CPU of the follower, memory of maps and of the replica.
+        One row per cell, all text but the first columns: what was run, the rate that its writer
+        reached, latencies from the intended time as median (smallest to largest repetition),
+        share of the versions handed out, what was dropped, looks at the replica that found keys
+        at different versions, a write's own time, CPU of the follower, memory of maps and of the
+        replica.
     """
     lines = []
     for _, rows in run.table("cells").groupby("cell"):
@@ -286,6 +287,7 @@ def measured(run: Run) -> pd.DataFrame:
                 "wakeup": one["wakeup"],
                 "value (B)": one["value_bytes"],
                 "changes/s": f"{one['rate']:,}",
+                "reached/s": f"{rows['achieved'].median():,.0f}",
                 "p50 (us)": _spread(rows["p50_ns"]),
                 "p99 (us)": _spread(rows["p99_ns"]),
                 "writer late, p99 (us)": _spread(rows["late_p99_ns"]),

@@ -28,7 +28,7 @@ from labkit.sync.trace_hook import Hooks, TraceHook
 from labkit.workload import Generations, Load, Trace, median_ns, since, write_by_calls
 
 _TAIL_POINTS = 60
-_LEAST_ROUNDS = 3
+_LEAST_ROUNDS = 2
 _ROWS_KEPT = 1_200  # of the history of a cell
 _PROCESS_MOST = 200_000  # writes per second: what a process in Python may still keep up with
 # What decides when the follower is woken, and the timer by which it looks anyway, seconds.
@@ -207,7 +207,7 @@ def sync_benchmark(
     repetitions : int
         Rounds; each runs all cells in a new random order.
     within_s : float
-        Begin no round, after the third, that would not end within so many seconds: on a busy
+        Begin no round, after the second, that would not end within so many seconds: on a busy
         machine there are fewer of them, and no interval over repetitions.
     seconds, warm_up_s : float
         Length of a schedule, and how much of its beginning is not judged, seconds.

@@ -47,10 +47,11 @@ def test_events_are_sooner_than_a_poll() -> None:
 
 
 def test_the_search_finds_a_rate_for_every_way() -> None:
-    best, trials = bench_sync.sustained(1 << 20, rings=3, keys=50, rounds=1)
-    assert sorted(best["way"]) == sorted((OURS, *BCC))
+    best, trials = bench_sync.sustained(1 << 20, rings=3, keys=50, rounds=2)
+    assert sorted(best["way"].unique()) == sorted((OURS, *BCC))
     assert (trials["operations"] == trials["operations"].iloc[0]).all()
-    rate = best.set_index("way")["rate"]
+    # The best of each: other load, which keeps a reader from its CPU, only lowers what it carries.
+    rate = best.groupby("way")["rate"].max()
     assert rate[OURS] > rate[BCC[0]]
 
 
