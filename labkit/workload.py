@@ -55,7 +55,7 @@ class Trace:
         The follower's account, once it had come to rest.
     follower_cpu_ns, follower_wall_ns : int
         CPU and time that the follower took from the first write's intended time on until the
-        writer was done.
+        writer was done and the last change had come.
     map_bytes, replica_bytes : int
         Kernel memory of the map and, where events are used, of ring and counters; the replica's
         key and value columns. Of `Generations`: the outer map, and the two maps that there are
@@ -515,7 +515,7 @@ def _await(ready: Callable[[], bool], child: Child) -> None:
 def _follow(
     strategy: Strategy, done: Callable[[], bool], child: Child
 ) -> tuple[list[Changes], int, int]:
-    """Poll until the writer is done and nothing more comes; what came, CPU and time till then."""
+    """Poll until the writer is done and nothing more comes; what came, CPU and time of it."""
     news: list[Changes] = []
     cpu, wall = time.thread_time_ns(), time.monotonic_ns()
     while not done():
@@ -532,6 +532,8 @@ def _follow(
         some = strategy.poll(_QUIET_S)
         if len(some):
             news.append(some)
+            # What it has still to do when the writer is done is its work as well.
+            spent = time.thread_time_ns() - cpu, time.monotonic_ns() - wall
         quiet = 0 if len(some) or strategy.behind else quiet + 1
     return news, *spent
 
