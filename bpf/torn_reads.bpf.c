@@ -39,6 +39,8 @@ BPF_TABLE("array", u32, struct locked_value, locked_array, 1);
 BPF_TABLE("hash", u32, struct locked_value, locked_hash, 4);
 BPF_TABLE("array", u32, struct checked_value, checked_array, 1);
 BPF_TABLE("array", u32, struct value, inner, 1);
+// 6.1 takes no inner map without BTF where the template has it, though nothing else differs.
+BPF_TABLE("array", u32, struct value, spare, 1);
 BPF_ARRAY_OF_MAPS(outer, "inner", 1);
 BPF_ARRAY(counts, struct counts, 1);
 

@@ -6,7 +6,6 @@ import ctypes
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from ctypes import byref, c_uint32
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,7 @@ from labkit.analysis.runs import Triad
 from labkit.errors import BadInput, TimedOut
 from labkit.failures.experiment import Tables, experiment, say
 from labkit.kernel import libbpf, programs
-from labkit.kernel.libbpf import MapKind, UpdateFlag
+from labkit.kernel.libbpf import UpdateFlag
 from labkit.kernel.maps import PER_CPU, Map, MapError
 from labkit.kernel.parallel import together
 from labkit.kernel.programs import Unit
@@ -163,8 +162,8 @@ def torn_reads(
     for size in sizes:
         say(f"values of {size} bytes")
         settings = at_cure_size if size == cure_size else _SWEPT
-        with programs.load("torn_reads", WORDS=size // _WORD) as unit, ExitStack() as stack:
-            bench = _Bench(unit, stack, size, process_reads, program_reads)
+        with programs.load("torn_reads", WORDS=size // _WORD) as unit:
+            bench = _Bench(unit, size, process_reads, program_reads)
             for turn in range(rounds):
                 for setting in settings:
                     rows.append({"round": turn, "size": size, **bench.measure(setting)})
@@ -193,9 +192,7 @@ def _counts(measured: pd.DataFrame, cure_size: int) -> pd.DataFrame:
 class _Bench:
     """The maps and programs of one value size."""
 
-    def __init__(
-        self, unit: Unit, stack: ExitStack, size: int, process_reads: int, program_reads: int
-    ) -> None:
+    def __init__(self, unit: Unit, size: int, process_reads: int, program_reads: int) -> None:
         self._unit = unit
         self._size = size
         self._process_reads, self._program_reads = process_reads, program_reads
@@ -205,9 +202,7 @@ class _Bench:
             one.function: unit.function(one.function) for one in every if one.function
         }
         self._counts, self._outer = unit.map("counts"), unit.map("outer")
-        self._spare = stack.enter_context(
-            Map.create(MapKind.ARRAY, key="u4", value=f"V{size}", max_entries=1)
-        )
+        self._spare = unit.map("spare")
         for one in every:
             _Writer(self._tables[one.table], one).write()
 

@@ -55,6 +55,8 @@ _TRIED = (
     _MMAPABLE,
 )
 
+_LIMIT_S = 900.0  # for millions of barriers, which cost an emulated CPU microseconds each
+
 
 @experiment(
     "mmap-msync",
@@ -226,6 +228,6 @@ def _ordered(store: Store, stores: int) -> tuple[int, int, float]:
                     runs += _CHUNK
                 read.set()
 
-            cost_ns, _ = together(write_all, read_all)
+            cost_ns, _ = together(write_all, read_all, timeout_s=_LIMIT_S)
             seen = unit.map("order").lookup(0)
             return int(seen["reads"]), int(seen["violations"]), cost_ns
