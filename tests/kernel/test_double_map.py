@@ -178,23 +178,26 @@ def test_a_writer_killed_before_its_switch_leaves_the_old_generation(outer: Map,
 
 def test_a_writer_killed_at_any_moment_leaves_a_whole_generation(outer: Map) -> None:
     DoubleMapWriter(outer, TABLE).publish(ALL, every(1), expected=0)
-    generation, progressed = 1, 0
+    generation, written = 1, shared_array(1, np.int64)
     random = np.random.default_rng(3)
 
     def publish_for_ever() -> None:
         writer = DoubleMapWriter(outer, TABLE)
         for number in range(generation, generation + 10_000):
             writer.publish(ALL, every(number + 1), expected=number)
+            written[0] = number + 1
 
     for _ in range(12):
         with Child(publish_for_ever) as victim:
-            time.sleep(random.uniform(0.01, 0.08))
+            deadline = time.monotonic() + LIMIT_S
+            while written[0] <= generation and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(random.uniform(0, 0.05))
             os.kill(victim.pid, signal.SIGKILL)
         found, table = DoubleMapWriter(outer, TABLE).read()
         assert len(table) == KEYS and (table.values == found).all()
-        progressed += found > generation
+        assert found > generation, "no writer came so far as to switch"
         generation = found
-    assert progressed > 0, "no writer came so far as to switch"
 
 
 def test_too_many_keys_leave_the_old_generation(outer: Map) -> None:
@@ -297,6 +300,7 @@ def test_generations_between_two_looks_are_counted(outer: Map) -> None:
 SLOW_KEYS = 256
 SLOW = Layout("u4", "u8", SLOW_KEYS, MapKind.ARRAY)
 SLOW_ALL = np.arange(SLOW_KEYS, dtype=np.uint32)
+sweeps = pytest.mark.outside_vm("slow readings by the dozen: half a minute each on an emulated CPU")
 KINDS = {"ordinary": ProgramKind.TC, "sleepable": ProgramKind.SYSCALL}
 
 
@@ -351,6 +355,7 @@ def swept(
     return counts.lookup(0)
 
 
+@sweeps
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_no_program_sees_a_mixed_generation(
     kind: ProgramKind, require_feature: Callable[[str], None]
@@ -370,6 +375,7 @@ def test_no_program_sees_a_mixed_generation(
         assert seen["mixed"] == 0
 
 
+@sweeps
 def test_a_spare_that_is_filled_anew_is_mixed_for_sleepable_programs_alone(
     require_feature: Callable[[str], None],
 ) -> None:
@@ -387,6 +393,7 @@ def test_a_spare_that_is_filled_anew_is_mixed_for_sleepable_programs_alone(
         swept(unit, "sweep_published", ProgramKind.SYSCALL, reuse, least="mixed")
 
 
+@sweeps
 def test_an_index_flip_that_waits_for_its_readers(require_feature: Callable[[str], None]) -> None:
     require_feature("syscall_program")
     with readers() as unit:
@@ -414,7 +421,7 @@ def test_an_index_flip_that_waits_for_its_readers(require_feature: Callable[[str
                 writer.publish(every(0, SLOW_KEYS), expected=base)
 
 
-@pytest.mark.outside_vm("needs a writer and a reader of like speed, which an emulated CPU has not")
+@sweeps
 def test_a_sleepable_program_that_compares_sees_no_mixed_half(
     require_feature: Callable[[str], None],
 ) -> None:

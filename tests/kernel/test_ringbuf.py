@@ -27,6 +27,8 @@ BYTES = 64 << 10
 SLOT = slot_bytes(EVENT.itemsize)
 ROOM = (BYTES - 1) // SLOT  # the kernel never fills the last byte
 
+pytestmark = pytest.mark.outside_vm("asks nothing of the kernel that differs between kernels")
+
 each_consumer = pytest.mark.parametrize("consumer", ["numpy", "libbpf"])
 
 
@@ -177,7 +179,6 @@ def test_a_producer_on_the_other_cpu_loses_nothing_that_fits(consumer: Consumer)
 
 
 @each_consumer
-@pytest.mark.outside_vm("3,000 wakeups in turns: half a minute each on an emulated CPU")
 @pytest.mark.parametrize("wakeup", ["default", "always"])
 def test_no_wakeup_is_lost_in_ping_pong(ring: Map, consumer: Consumer, wakeup: str) -> None:
     # The producer sends one record as soon as the last one was read, which is when a reader
