@@ -110,7 +110,7 @@ def report_without_bpf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "labkit", "report", "--folder", str(folder)]
     if os.geteuid() == 0:
         command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "Not live: " in ended.stderr
     return folder

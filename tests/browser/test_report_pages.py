@@ -10,7 +10,7 @@ from labkit import verdicts
 from labkit.analysis.claims import FALSE
 from tests.browser.chromium import Browser
 
-pytestmark = pytest.mark.timeout(400)  # the first to ask for the report waits until it is made
+pytestmark = pytest.mark.timeout(700)  # the first to ask for the report waits until it is made
 
 WIDTHS = (1000, 400)
 LEDGER = verdicts.evaluate(None)

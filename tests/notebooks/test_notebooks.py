@@ -76,7 +76,7 @@ def test_every_experiment_is_in_one_notebook() -> None:
     assert sorted(measured) == sorted(catalogue())
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(700)
 def test_without_bpf_the_report_stands_on_recorded_runs(report_without_bpf: Path) -> None:
     """No privilege, no BPF: every experiment is shown all the same, and how to make it live."""
     index = (report_without_bpf / "index.html").read_text()
