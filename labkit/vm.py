@@ -52,6 +52,7 @@ _PYTEST = (
     " -m 'not outside_vm' -q -o timeout=600 --durations=10"
 )
 _TRIAL_LIMIT_S = 20.0
+_SSH_FAILED = 255  # of ssh itself, as when the guest answers no more: its log may tell why
 _NEED_BYTES = 2 << 30  # of what a VM writes while it runs
 _GUEST_CHECKOUT = "/vagrant"  # where Vagrant has it, too
 _NOT_SHARED = ("/.venv/", "/.lab/", "/runs/", "/reports/", "__pycache__/", ".*_cache/")
@@ -150,13 +151,16 @@ class Machine:
             It took longer than ``timeout_s`` seconds.
         """
         try:
-            return subprocess.run(
+            status = subprocess.run(
                 self.ssh(command, terminal=terminal), timeout=timeout_s, check=False
             ).returncode
         except subprocess.TimeoutExpired:
             raise TimedOut(
                 f"In the VM, {command!r} did not end within {timeout_s:g} s; it was stopped."
             ) from None
+        if status == _SSH_FAILED:
+            _show(Path(self.folder), _say)
+        return status
 
 
 @contextlib.contextmanager
