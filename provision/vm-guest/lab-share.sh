@@ -13,6 +13,7 @@ modprobe -a 9pnet_virtio 9p
 share run /mnt/run 2>/dev/null || exit 0
 share results /results
 
-install -d -m 700 /root/.ssh
-install -m 600 /mnt/run/key.pub /root/.ssh/authorized_keys
+keys=$(getent passwd root | cut -d: -f6)/.ssh
+install -d -m 700 "$keys"
+install -m 600 /mnt/run/key.pub "$keys/authorized_keys"
 echo ready >/mnt/run/ready

@@ -235,7 +235,8 @@ def test_a_build_that_is_cut_off_leaves_no_image_and_no_process(tmp_path: Path) 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_for(lambda: list(tmp_path.glob("*.part/root/*")), "the build did not begin")
+    begun = str(Path("*.part", "root", "*"))
+    wait_for(lambda: list(tmp_path.glob(begun)), "the build did not begin")
     others = family(builder.pid) - {builder.pid}
     builder.kill()
     builder.wait()
