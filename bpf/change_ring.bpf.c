@@ -2,7 +2,7 @@
 // A ring for changes in the way of bcc's own examples, so that a follower can be put upon bcc's own
 // consumer and compared.
 
-#define KEY u64
+#define KEY u32
 #define VALUE u64
 #define WAKEUP WAKEUP_DEFAULT
 #define PROGRAM 0

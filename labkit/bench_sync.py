@@ -30,21 +30,22 @@ from labkit.kernel import probe, programs
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.provenance import provenance, usage, usage_since
+from labkit.kernel.ringbuf import slot_bytes
 from labkit.sync.changes import ChangeKind, change_dtype, event_dtype
 from labkit.sync.poll import Poll
 from labkit.sync.replica import Replica
 from labkit.sync.ring_events import COUNTS, Channel, RingEvents
-from labkit.sync.strategy import Strategy
-from labkit.workload import Load, Trace, median_ns, since
+from labkit.sync.strategy import Stats, Strategy
+from labkit.workload import Load, Stream, median_ns, since
 
 PROFILES: Final[dict[str, dict[str, Any]]] = {
     "quick": {
-        "rate": 100_000, "seconds": 1.0, "keys": 200, "rounds": 5, "search_ring_bytes": 1 << 21,
-        "search_rings": 8, "replica_keys": 1_000_000, "batch": 16_384, "applied": 1_000_000,
+        "rate": 100_000, "seconds": 1.0, "keys": 200, "rounds": 5, "search_ring_bytes": 1 << 23,
+        "search_rings": 4, "replica_keys": 1_000_000, "batch": 16_384, "applied": 1_000_000,
     },
     "full": {
-        "rate": 100_000, "seconds": 4.0, "keys": 200, "rounds": 11, "search_ring_bytes": 1 << 21,
-        "search_rings": 16, "replica_keys": 1_000_000, "batch": 16_384, "applied": 4_000_000,
+        "rate": 100_000, "seconds": 4.0, "keys": 200, "rounds": 11, "search_ring_bytes": 1 << 23,
+        "search_rings": 8, "replica_keys": 1_000_000, "batch": 16_384, "applied": 4_000_000,
     },
 }  # fmt: skip
 TIME_LIMIT_S: Final = {"quick": 300.0, "full": 1200.0}
@@ -56,9 +57,9 @@ TIMER_S: Final = 0.001
 """At the highest rates nobody needs to be woken, and the writer need not see to it: all followers
 look by this timer."""
 
-_EVENT: Final = event_dtype("u8", "u8")
+_EVENT: Final = event_dtype("u4", "u8")
 _WARM_UP: Final = 0.1  # of a schedule
-_FIRST_RATE: Final = 100_000.0
+_FIRST_RATE: Final = 500_000.0
 _STEP: Final = 1.5  # between two rates until the limit lies between them
 _NEAR: Final = 1.08  # and then so near
 _IN_TIME: Final = 0.97  # of the rate that was asked for: else the writer is the limit
@@ -152,7 +153,7 @@ class _Event(ctypes.Structure):
         ("seq", ctypes.c_ulonglong), ("version", ctypes.c_ulonglong),
         ("committed_ns", ctypes.c_ulonglong), ("kind", ctypes.c_ubyte),
         ("program", ctypes.c_ubyte), ("cpu", ctypes.c_ushort), ("dropped", ctypes.c_uint),
-        ("key", ctypes.c_ulonglong), ("value", ctypes.c_ulonglong),
+        ("key", ctypes.c_uint), ("padding", ctypes.c_uint), ("value", ctypes.c_ulonglong),
     ]  # fmt: skip
 
 
@@ -214,7 +215,7 @@ def path(rate: int, seconds: float, keys: int, rounds: int) -> pd.DataFrame:
         for turn, name in bench.in_turns(list(followers), rounds):
             with followers[name](load.channel) as strategy:
                 trace = load.run(strategy, rate=rate, seconds=seconds)
-            _require_account(name, trace)
+            _require_account(name, len(trace), trace.stats)
             judged = np.arange(len(trace)) >= _WARM_UP * len(trace)
             seen = trace.seen_ns > 0
             latency = since(trace.seen_ns, trace.intended_ns)[judged & seen]
@@ -331,31 +332,26 @@ def sustained(
     LabError
         An account does not add up.
     """
-    operations = rings * ring_bytes // (_EVENT.itemsize + 8)
+    operations = rings * ring_bytes // slot_bytes(_EVENT.itemsize)
     best, trials = [], []
     guess: dict[str, float] = {}
     with ExitStack() as opened:
-        loads: dict[str, tuple[Load, Callable[[], Strategy]]] = {}
-        ours = opened.enter_context(
-            Load(8, wakeup="never", keys=keys, most_operations=operations, ring_bytes=ring_bytes)
-        )
-        loads[findings.OURS] = ours, lambda: RingEvents(ours.channel, timer_s=TIMER_S)
+        streams: dict[str, tuple[Stream, Callable[[], Strategy]]] = {}
+        ours = opened.enter_context(Stream(keys=keys, ring_bytes=ring_bytes))
+        streams[findings.OURS] = ours, lambda: RingEvents(ours.channel, timer_s=TIMER_S)
         for way in findings.BCC:
             ring = opened.enter_context(CallbackRing(ring_bytes, way))
-            load = opened.enter_context(
-                Load(
-                    8, wakeup="never", keys=keys, most_operations=operations,
-                    ring_bytes=ring_bytes, channel=ring.channel,
-                )
-            )  # fmt: skip
-            loads[way] = load, lambda ring=ring: CallbackEvents(ring)  # type: ignore[misc]
-        for turn, way in bench.in_turns(list(loads), rounds):
-            attempt = partial(_attempt, way, *loads[way], operations)
+            stream = opened.enter_context(
+                Stream(keys=keys, ring_bytes=ring_bytes, channel=ring.channel)
+            )
+            streams[way] = stream, lambda ring=ring: CallbackEvents(ring)  # type: ignore[misc]
+        for turn, way in bench.in_turns(list(streams), rounds):
+            attempt = partial(_attempt, way, *streams[way], operations)
             found, tried = highest(attempt, guess.get(way, _FIRST_RATE))
             guess[way] = found.rate
             best.append((way, turn, found.achieved, found.by_writer))
             trials += [(way, turn, t.rate, t.achieved, t.operations, t.dropped) for t in tried]
-            say(f"sustained: {len(best)} of {len(loads) * rounds} searches done")
+            say(f"sustained: {len(best)} of {len(streams) * rounds} searches done")
     return (
         pd.DataFrame(best, columns=["way", "repetition", "rate", "by_writer"]),
         pd.DataFrame(
@@ -365,13 +361,12 @@ def sustained(
 
 
 def _attempt(
-    way: str, load: Load, follower: Callable[[], Strategy], operations: int, rate: float
+    way: str, stream: Stream, follower: Callable[[], Strategy], operations: int, rate: float
 ) -> Trial:
     with follower() as strategy:
-        trace = load.run(strategy, rate=rate, seconds=operations / rate)
-    _require_account(way, trace)
-    span = int(trace.end_ns.max()) - int(trace.start_ns.min())
-    return Trial(rate, (len(trace) - 1) / span * 1e9, len(trace), trace.stats.dropped)
+        flow = stream.run(strategy, rate=rate, changes=operations)
+    _require_account(way, operations, flow.stats)
+    return Trial(rate, flow.rate, operations, flow.stats.dropped)
 
 
 def replica(keys: int, batch: int, applied: int, rounds: int) -> pd.DataFrame:
@@ -534,12 +529,11 @@ def measure(profile: str) -> Run:
     return Run(findings.EXPERIMENT, profile, parameters, facts, tables)
 
 
-def _require_account(name: str, trace: Trace) -> None:
-    stats = trace.stats
+def _require_account(name: str, written: int, stats: Stats) -> None:
     told = stats.delivered + stats.dropped + stats.coalesced
-    if not len(trace) == stats.produced == told:
+    if not written == stats.produced == told:
         raise LabError(
-            f"{name}: {len(trace):,} changes written, {stats.produced:,} counted and {told:,} "
+            f"{name}: {written:,} changes written, {stats.produced:,} counted and {told:,} "
             "accounted for."
         )
 

@@ -26,6 +26,7 @@ from labkit.sync.changes import Changes, event_dtype
 from labkit.sync.double_map import DoubleMap, DoubleMapWriter, Layout
 from labkit.sync.event_writer import EventWriter, updates
 from labkit.sync.ring_events import Channel
+from labkit.sync.steady_writer import SteadyWriter
 from labkit.sync.strategy import Stats, Strategy
 
 _LEAD_NS = 3_000_000  # from the writer's word that it stands ready to its first write
@@ -365,6 +366,110 @@ class Generations:
         self._open.close()
 
     def __enter__(self) -> Generations:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What one run of a `Stream` was.
+
+    Attributes
+    ----------
+    changes : int
+        Written.
+    span_ns : int
+        From the intended time of the first to the end of the last.
+    stats : Stats
+        The follower's account, once it had come to rest.
+    """
+
+    changes: int
+    span_ns: int
+    stats: Stats
+
+    @property
+    def rate(self) -> float:
+        """Changes per second that the writer reached."""
+        return self.changes / self.span_ns * 1e9
+
+
+class Stream:
+    """An array map and the fastest writer there is; a context manager.
+
+    A `Load` takes down the times of every change. Its writer spends most of its time on that, and
+    ends before a follower of events does.
+
+    Parameters
+    ----------
+    keys : int
+        Elements, written in turns; values of 8 bytes.
+    ring_bytes : int
+        Size of the ring; a power of two and whole pages.
+    channel : Channel, optional
+        Use this one, which stays the caller's, instead of a ring of ``ring_bytes``.
+
+    Raises
+    ------
+    BadInput
+        The map or ring cannot be so.
+    """
+
+    def __init__(self, *, keys: int, ring_bytes: int, channel: Channel | None = None) -> None:
+        self._open = ExitStack()
+        try:
+            self.table = self._open.enter_context(
+                Map.create(MapKind.ARRAY, key="u4", value="u8", max_entries=keys, name="followed")
+            )
+            self.channel = channel or self._open.enter_context(Channel.create(ring_bytes))
+            self._writer = self._open.enter_context(SteadyWriter(self.table, self.channel))
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, strategy: Strategy, *, rate: float, changes: int) -> Flow:
+        """Write at a rate, follow, and wait until the follower has come to rest.
+
+        Parameters
+        ----------
+        strategy : Strategy
+            Not attached yet.
+        rate : float
+            Intended changes per second, evenly spaced.
+        changes : int
+            How many.
+
+        Raises
+        ------
+        BadInput
+            A rate or a number below 1.
+        TimedOut
+            Writer or follower did not come to an end.
+        """
+        if not rate >= 1 or changes < 1:
+            raise BadInput("A stream has a rate and a number of changes, both at least 1.")
+        control, start = self._writer.control, shared_array(1, np.uint64)
+        control["done"] = 0
+        strategy.attach(self.table)
+
+        def write() -> None:
+            start[0] = time.monotonic_ns() + _LEAD_NS
+            self._writer.write(changes, per_second=round(rate), start_ns=int(start[0]))
+
+        with undisturbed(), Child(write, cpu=another_cpu(0)) as child:
+            os.sched_setaffinity(0, {another_cpu(1)})
+            _await(lambda: int(start[0]) > 0, child)
+            _follow(strategy, lambda: int(control["done"][0]) >= changes, child)
+            child.result(_SETTLE_S)
+        return Flow(changes, int(control["end_ns"][0] - start[0]), strategy.stats())
+
+    def close(self) -> None:
+        """Free map, channel and writer; safe to call twice."""
+        self._open.close()
+
+    def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *_error: object) -> None:

@@ -23,6 +23,7 @@ from labkit.sync.event_writer import EventWriter, updates
 from labkit.sync.hybrid import Hybrid
 from labkit.sync.poll import Poll
 from labkit.sync.ring_events import COUNTS, Channel, RingEvents
+from labkit.sync.steady_writer import SteadyWriter
 from labkit.sync.strategy import Strategy
 
 pytestmark = pytest.mark.outside_vm("asks nothing of the kernel that differs between kernels")
@@ -182,6 +183,37 @@ def test_a_writers_script_is_checked(table: Map, channel: Channel) -> None:
         pytest.raises(BadInput, match="wants keys of 8 bytes"),
     ):
         EventWriter(narrow, channel, updates(1, 1))
+
+
+def test_a_steady_writer_writes_all_in_turns_and_not_before_it_is_due(kernel: None) -> None:
+    with (
+        Map.create(MapKind.ARRAY, key="u4", value="u8", max_entries=7) as array,
+        Channel.create(1 << 20) as channel,
+        SteadyWriter(array, channel) as writer,
+        RingEvents(channel, timer_s=0.001) as strategy,
+    ):
+        strategy.attach(array)
+        begun_ns, news = time.monotonic_ns(), []
+        for changes in (500, 503):  # it goes on with the key behind the last one
+            writer.write(changes, per_second=100_000)
+            news.append(strategy.poll(1))
+        took_ns = int(writer.control["end_ns"][0]) - begun_ns
+        place = np.arange(1_003)
+        assert np.array_equal(np.concatenate(news)["key"], place % 7)
+        assert np.array_equal(np.concatenate(news)["version"], 1 + place // 7)
+        assert took_ns >= (499 + 502) * 10_000
+        assert strategy.stats().delivered == 1_003
+
+
+def test_a_steady_writer_refuses_what_it_cannot_do(table: Map, channel: Channel) -> None:
+    with pytest.raises(BadInput, match="wants an array of u8"):
+        SteadyWriter(table, channel)
+    with (
+        Map.create(MapKind.ARRAY, key="u4", value="u8", max_entries=2) as array,
+        SteadyWriter(array, channel) as writer,
+        pytest.raises(BadInput, match="at least one change"),
+    ):
+        writer.write(0, per_second=5)
 
 
 # -- bounds ---------------------------------------------------------------------------------
