@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from html import escape
@@ -31,21 +31,24 @@ from labkit.analysis import figures, runs
 from labkit.analysis.figures.live_load import account, latency
 from labkit.analysis.runs import Run
 from labkit.analysis.statistics import percentiles
-from labkit.comparisons.sync_benchmark import STRATEGIES
+from labkit.comparisons.sync_benchmark import DOUBLE_MAP, STRATEGIES
 from labkit.errors import BadInput, LabError
 from labkit.failures.experiment import Experiment, Tables, find, say
 from labkit.measure import RUNS, check_writable
+from labkit.sync.double_map import DoubleMap
 from labkit.worker import Worker
-from labkit.workload import Load
+from labkit.workload import Generations, Load, Trace
 
 EXPERIMENT: Final = "live-load"
 """Under which the runs are saved and drawn."""
 
-RATES: Final = (100, 1_000_000)
-"""Lowest and highest rate, writes per second."""
+CHOICES: Final = (*STRATEGIES, DOUBLE_MAP)
+"""What can be run."""
 
-FOREIGN: Final = {"hook": 100_000}
-"""Strategies that follow an ordinary process, which emits nothing, and its highest rate."""
+# Lowest and highest rate, changes per second. A hook follows an ordinary process, which makes one
+# system call for each; a double map changes as a whole, at the lowest rate five times a window.
+_USUAL_RATES: Final = (100, 1_000_000)
+_RATES: Final = {"hook": (100, 100_000), DOUBLE_MAP: (4_000, 100_000)}
 
 MOST_SECONDS: Final = 60
 MOST_CHANGES: Final = 10_000_000
@@ -69,13 +72,13 @@ class Order:
     Attributes
     ----------
     strategy : str
-        One of `labkit.comparisons.sync_benchmark.STRATEGIES`.
+        One of `CHOICES`.
     rate : int
-        Intended writes per second.
+        Intended changes per second.
     value_bytes : int
         Size of a value: 8 to 1024, whole words.
     ring_bytes : int
-        Size of the ring: a power of two and whole pages.
+        Size of the ring: a power of two and whole pages. A double map has none.
     seconds : int
         After which it ends by itself.
 
@@ -95,9 +98,9 @@ class Order:
         for name, value in asdict(self).items():
             if name != "strategy" and type(value) is not int:
                 raise BadInput(f"{name} is a whole number, not {value!r}.")
-        if self.strategy not in STRATEGIES:
-            raise BadInput(f"A strategy is one of {', '.join(STRATEGIES)}, not {self.strategy!r}.")
-        lowest, highest = RATES[0], FOREIGN.get(self.strategy, RATES[1])
+        if self.strategy not in CHOICES:
+            raise BadInput(f"A strategy is one of {', '.join(CHOICES)}, not {self.strategy!r}.")
+        lowest, highest = _RATES.get(self.strategy, _USUAL_RATES)
         if not lowest <= self.rate <= highest:
             raise BadInput(
                 f"The rate is {lowest:,} to {highest:,} changes/s with {self.strategy}, "
@@ -120,11 +123,6 @@ class Order:
                 f"{self.rate:,} changes/s for {self.seconds} s are more than {MOST_CHANGES:,} "
                 f"changes: run at most {MOST_CHANGES // self.rate} s."
             )
-
-    @property
-    def writer(self) -> str:
-        """Who writes: one of `labkit.workload.WRITERS`."""
-        return "process" if self.strategy in FOREIGN else "program"
 
 
 @dataclass(frozen=True)
@@ -438,17 +436,12 @@ def windows(
     latencies: list[npt.NDArray[np.int64]] = []
     recent: deque[npt.NDArray[np.int64]] = deque()
     sums = dict.fromkeys(("produced", "delivered", "dropped", "coalesced"), 0)
-    with Load(
-        value_bytes,
-        keys=_KEYS,
-        most_operations=round(rate * _WINDOW_S),
-        ring_bytes=ring_bytes,
-    ) as load:
+    with ExitStack() as stack:
+        window = _prepared(order, stack)
         begun = time.monotonic()
         while not stopped() and time.monotonic() - begun < seconds:
-            with STRATEGIES[strategy](load.channel, _TIMER_S) as follower:
-                trace = load.run(follower, rate=rate, seconds=_WINDOW_S, writer=order.writer)
-            judged = np.arange(len(trace)) >= _WARM_UP_S * rate
+            trace = window()
+            judged = np.arange(len(trace)) >= _WARM_UP_S * rate / trace.changes
             seen = trace.seen_ns > 0
             late_ns = (trace.seen_ns - trace.intended_ns)[judged & seen].astype(np.int64)
             behind_ns = (trace.start_ns - trace.intended_ns)[judged].astype(np.int64)
@@ -464,9 +457,9 @@ def windows(
             rows.append(
                 {
                     "at_s": at_s,
-                    "operations": len(trace),
+                    "operations": len(trace) * trace.changes,
                     **account,
-                    "unseen": int((~seen).sum()),
+                    "unseen": int((~seen).sum()) * trace.changes,
                     "p50_ns": now.p50_ns,
                     "p99_ns": now.p99_ns,
                     "late_p99_ns": float(np.percentile(behind_ns, 99)),
@@ -491,6 +484,34 @@ def windows(
         "windows": table,
         **_summary(np.sort(np.concatenate(latencies))),
     }
+
+
+def _prepared(order: Order, stack: ExitStack) -> Callable[[], Trace]:
+    """Make the maps and the writer of an order; the answer runs one window on them."""
+    if order.strategy == DOUBLE_MAP:
+        published = stack.enter_context(Generations(order.value_bytes, keys=_KEYS))
+        switches = round(order.rate * _WINDOW_S / _KEYS)
+
+        def by_switches() -> Trace:
+            with DoubleMap(0.001, layout=published.layout) as follower:
+                return published.run(follower, rate=order.rate, switches=switches)
+
+        return by_switches
+    load = stack.enter_context(
+        Load(
+            order.value_bytes,
+            keys=_KEYS,
+            most_operations=round(order.rate * _WINDOW_S),
+            ring_bytes=order.ring_bytes,
+        )
+    )
+    writer = "process" if order.strategy == "hook" else "program"
+
+    def by_changes() -> Trace:
+        with STRATEGIES[order.strategy](load.channel, _TIMER_S) as follower:
+            return load.run(follower, rate=order.rate, seconds=_WINDOW_S, writer=writer)
+
+    return by_changes
 
 
 def _summary(late_ns: npt.NDArray[np.int64]) -> Tables:

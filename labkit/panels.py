@@ -14,9 +14,10 @@ from typing import Any
 import ipywidgets as widgets
 from IPython.display import display
 
-from labkit.comparisons.sync_benchmark import STRATEGIES
+from labkit.comparisons.sync_benchmark import DOUBLE_MAP
 from labkit.errors import LabError
 from labkit.live import (
+    CHOICES,
     Ended,
     Order,
     Progress,
@@ -60,7 +61,7 @@ class LivePanel:
 
         # Buttons: JupyterLab keeps the arrow keys and letters of a drop-down for itself.
         self.strategy = widgets.ToggleButtons(
-            options=list(STRATEGIES), value=usual.strategy, description="Strategy",
+            options=list(CHOICES), value=usual.strategy, description="Strategy",
             style={**_STYLE, "button_width": "auto"},
         )  # fmt: skip
         self.rate = number(usual.rate, "Rate (changes/s)")
@@ -125,6 +126,7 @@ class LivePanel:
         self._session.stop()
 
     def _chosen(self, change: Any) -> None:
+        self.ring_bytes.disabled = change["new"] == DOUBLE_MAP
         self.message.value = message_html(f"{change['new']} is chosen for the next run.")
 
     def _tell(self, turn: int, progress: Progress) -> None:

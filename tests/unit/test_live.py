@@ -76,6 +76,7 @@ def worker_that_lacks(order: dict[str, Any], folder: str, stop: int) -> str:
         ({"rate": 2_000_000}, "not 2,000,000"),
         ({"rate": 1.5}, "rate is a whole number, not 1.5"),
         ({"strategy": "hook", "rate": 200_000}, "100 to 100,000 changes/s with hook"),
+        ({"strategy": "double map", "rate": 1_000}, "4,000 to 100,000 changes/s with double map"),
         ({"value_bytes": 12}, "whole words of 8, not 12"),
         ({"value_bytes": 2_048}, "8 to 1,024 bytes"),
         ({"ring_bytes": 5_000}, "power of two from 4,096 .*not 5,000"),
@@ -189,6 +190,14 @@ def test_where_there_are_no_widgets_a_sentence_stands(shown: list[Any], tmp_path
     panels.live_panel(tmp_path)
     assert "make lab" in shown[0]["text/plain"] and "<i>" in shown[0]["text/html"]
     assert "application/vnd.jupyter.widget-view+json" in shown[0]
+
+
+def test_a_double_map_has_no_ring_to_choose(shown: list[Any], tmp_path: Path) -> None:
+    panel = panels.live_panel(tmp_path)
+    panel.strategy.value = "double map"
+    assert panel.ring_bytes.disabled and "double map is chosen" in panel.message.value
+    panel.strategy.value = "events"
+    assert not panel.ring_bytes.disabled
 
 
 def test_every_control_has_a_label(shown: list[Any], tmp_path: Path) -> None:

@@ -67,9 +67,11 @@ def live_load(run: Run) -> Figure:
     right.set_xlabel("latency from the intended time (ms)", loc="right")
     right.set_ylabel("share of changes seen later")
     chosen = run.parameters
+    # A double map has no ring.
+    ring = "" if chosen["strategy"] == "double map" else f", ring of {chosen['ring_bytes']:,} B"
     figure.suptitle(
-        f"{chosen['strategy']}: {chosen['rate']:,} changes/s of {chosen['value_bytes']:,} B, "
-        f"ring of {chosen['ring_bytes']:,} B\n{account(run)}; {latency(run)}",
+        f"{chosen['strategy']}: {chosen['rate']:,} changes/s of {chosen['value_bytes']:,} B{ring}\n"
+        f"{account(run)}; {latency(run)}",
         fontsize=7.5, x=0.01, ha="left",
     )  # fmt: skip
     return figure
