@@ -30,17 +30,25 @@ def closing() -> Iterator[ExitStack]:
 def make_map(
     closing: ExitStack, name: str, kind: MapKind = MapKind.ARRAY, inner_fd: int | None = None
 ) -> int:
-    holds_objects = kind in (MapKind.PROG_ARRAY, MapKind.ARRAY_OF_MAPS)
     fd = libbpf.map_create(
         kind,
         name=name,
         key_size=4,
-        value_size=4 if holds_objects else 8,
+        value_size=8 if inner_fd is None else 4,
         max_entries=2,
         inner_fd=inner_fd,
     )
     closing.callback(libbpf.close, fd)
     return fd
+
+
+def close_unseen(program_array: int) -> None:
+    """Close it, and wait until it is gone without a look at it, which might keep it: `snapshot`."""
+    identifier = libbpf.map_info(program_array).id
+    libbpf.close(program_array)
+    deadline = time.monotonic() + FREED_WITHIN_S
+    while identifier in libbpf.ids("map") and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 def make_program(closing: ExitStack, map_fd: int | None = None) -> int:
@@ -125,7 +133,10 @@ def test_elements_of_an_outer_map_and_of_a_program_array_are_reached(closing: Ex
         outer = make_map(closing, "labkit_outer", MapKind.ARRAY_OF_MAPS, inner_fd=inner)
         put(outer, 1, inner)
         program = make_program(early)
-        calls = make_map(closing, "labkit_calls", MapKind.PROG_ARRAY)
+        calls = libbpf.map_create(
+            MapKind.PROG_ARRAY, name="labkit_calls", key_size=4, value_size=4, max_entries=2
+        )
+        closing.callback(close_unseen, calls)
         put(calls, 0, program)
         inner_id, program_id = libbpf.map_info(inner).id, libbpf.prog_info(program).id
     found = ours(before)
