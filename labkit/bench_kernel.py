@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
@@ -29,6 +28,7 @@ from labkit.analysis.statistics import percentiles
 from labkit.errors import LabError, TimedOut, Unavailable
 from labkit.failures.experiment import say
 from labkit.kernel import probe, programs
+from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, cpus, die_with_parent, shared_array
@@ -82,7 +82,7 @@ class Produced:
     discarded: int
 
 
-class Producer:
+class Producer(Closing):
     """The program of bpf/ring_producer.bpf.c, bound to one ring; a context manager.
 
     Parameters
@@ -167,17 +167,6 @@ class Producer:
     def close(self) -> None:
         """Unload the program; safe to call twice."""
         self._unit.close()
-
-    def __enter__(self) -> Producer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 # -- consuming ---------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from labkit.analysis.statistics import percentiles
 from labkit.errors import LabError
 from labkit.failures.experiment import say
 from labkit.kernel import probe, programs
+from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.provenance import provenance, usage, usage_since
@@ -69,7 +70,7 @@ _HIGHEST: Final = 50_000_000.0
 # -- followers on bcc's callback -----------------------------------------------------------------
 
 
-class CallbackRing:
+class CallbackRing(Closing):
     """A ring of change events that is read by bcc's callback; a context manager.
 
     Parameters
@@ -140,12 +141,6 @@ class CallbackRing:
     def close(self) -> None:
         """Free ring and program; safe to call twice."""
         self._open.close()
-
-    def __enter__(self) -> CallbackRing:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()
 
 
 class _Event(ctypes.Structure):

@@ -18,17 +18,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from labkit import errors
 from labkit.errors import LabError, TimedOut
+from labkit.kernel.closing import Closing
 from labkit.kernel.parallel import die_with_parent
 
 Say = Callable[[str], None]
 
 
-class Worker:
+class Worker(Closing):
     """A process that calls one function; a context manager that ends it with all its children.
 
     It lives no longer than the thread that made it.
@@ -134,17 +134,6 @@ class Worker:
         for stream in (self._process.stdout, self._process.stderr):
             if stream is not None:
                 stream.close()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _pass_on(words: str, say: Say | None) -> None:

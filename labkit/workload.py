@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from labkit.errors import BadInput, TimedOut
 from labkit.kernel import libbpf
+from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, ahead_of_others, another_cpu, shared_array
@@ -87,7 +88,7 @@ class Trace:
         return len(self.key)
 
 
-class Load:
+class Load(Closing):
     """A map, a channel and a writer that can be run again and again; a context manager.
 
     Parameters
@@ -250,14 +251,8 @@ class Load:
         """Free map, channel and writer; safe to call twice."""
         self._open.close()
 
-    def __enter__(self) -> Load:
-        return self
 
-    def __exit__(self, *_error: object) -> None:
-        self.close()
-
-
-class Generations:
+class Generations(Closing):
     """A table that is published whole, and a process that publishes; a context manager.
 
     A write is a switch (`labkit.sync.double_map.DoubleMapWriter.publish`): it makes a map, fills
@@ -365,12 +360,6 @@ class Generations:
         """Free the maps; safe to call twice."""
         self._open.close()
 
-    def __enter__(self) -> Generations:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()
-
 
 @dataclass(frozen=True)
 class Flow:
@@ -396,7 +385,7 @@ class Flow:
         return self.changes / self.span_ns * 1e9
 
 
-class Stream:
+class Stream(Closing):
     """An array map and the fastest writer there is; a context manager.
 
     A `Load` takes down the times of every change. Its writer spends most of its time on that, and
@@ -468,12 +457,6 @@ class Stream:
     def close(self) -> None:
         """Free map, channel and writer; safe to call twice."""
         self._open.close()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()
 
 
 def _value(value_bytes: int) -> npt.DTypeLike:

@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 from labkit.analysis.runs import SaveFailed
 from labkit.failures.progress import say
+from labkit.kernel.closing import Closing
 
 UNFINISHED: Final = ".unfinished"
 """Folder in a folder of runs that holds the parts of runs which are not whole yet."""
@@ -28,7 +28,7 @@ _WAIT_S = 5.0  # for a process that was killed and still holds the lock
 _NOW = ("recorded_at", "load", "stolen_share")  # of a provenance: of the moment alone
 
 
-class Parts:
+class Parts(Closing):
     """The parts of one measurement that are done; a context manager.
 
     Only one process at a time keeps parts of a measurement; another one that comes meanwhile
@@ -185,17 +185,6 @@ class Parts:
         lock, self._lock = self._lock, -1
         if lock >= 0:
             os.close(lock)
-
-    def __enter__(self) -> Parts:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def place_of(folder: Path, experiment: str, profile: str, parameters: Mapping[str, Any]) -> Path:

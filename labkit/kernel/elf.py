@@ -12,12 +12,12 @@ import sysconfig
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 import numpy.typing as npt
 
 from labkit.errors import BadInput, Unavailable
 from labkit.kernel import libbpf, tools
+from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import ProgramKind
 from labkit.kernel.maps import Map
 from labkit.kernel.programs import SOURCES, Function, LoadFailed
@@ -25,7 +25,7 @@ from labkit.kernel.programs import SOURCES, Function, LoadFailed
 _COMPILE_LIMIT_S = 60.0
 
 
-class ElfObject:
+class ElfObject(Closing):
     """One loaded object file with its maps and programs; a context manager.
 
     Made by :func:`load`.
@@ -80,17 +80,6 @@ class ElfObject:
         pointer, self._pointer, self._maps = self._pointer, None, []
         if pointer is not None:
             libbpf.api().bpf_object__close(pointer)
-
-    def __enter__(self) -> ElfObject:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def compile(name: str, **constants: int) -> bytes:

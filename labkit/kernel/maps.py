@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator
 from ctypes import byref, c_uint32
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from labkit.errors import BadInput, LabError
 from labkit.kernel import btf, libbpf
+from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapFlag, MapKind, UpdateFlag
 
 PER_CPU = {MapKind.PERCPU_HASH, MapKind.PERCPU_ARRAY, MapKind.LRU_PERCPU_HASH}
@@ -128,7 +128,7 @@ class Snapshot:
         return len(self.keys)
 
 
-class Map:
+class Map(Closing):
     """One BPF map, owned by file descriptor.
 
     Make one with :meth:`create`, or open what exists with :meth:`from_id`,
@@ -315,17 +315,6 @@ class Map:
         """Drop our reference; safe to call twice."""
         fd, self.fd = self.fd, -1
         libbpf.close(fd)
-
-    def __enter__(self) -> Map:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         self.close()

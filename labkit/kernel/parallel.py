@@ -16,13 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from labkit.errors import LabError, TimedOut
+from labkit.kernel.closing import Closing
 
 _PR_SET_PDEATHSIG = 1
 _AHEAD = -15  # of -20 to 19; some 28 times the weight of 0
@@ -117,7 +117,7 @@ def together(*tasks: Callable[[], Any], timeout_s: float = 120.0) -> list[Any]:
     return results
 
 
-class Child:
+class Child(Closing):
     """A forked process that runs one function and cannot outlive its parent.
 
     Parameters
@@ -207,17 +207,6 @@ class Child:
         _, status = os.waitpid(self.pid, 0)
         self.exit_status = os.waitstatus_to_exitcode(status)
         os.close(self._read)
-
-    def __enter__(self) -> Child:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def shared_array(shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:

@@ -7,11 +7,11 @@ import os
 import platform
 import struct
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
 from labkit.errors import Unavailable
 from labkit.kernel import libbpf
+from labkit.kernel.closing import Closing
 
 # perf_event_open, which the C library does not wrap.
 _PERF_EVENT_OPEN: Final = {"x86_64": 298, "aarch64": 241, "riscv64": 241}
@@ -73,7 +73,7 @@ def probe_source(name: str) -> int:
         ) from None
 
 
-class KprobeCount:
+class KprobeCount(Closing):
     """Counts how often this thread passes a kernel function, with no program; a context manager.
 
     The kernel takes the probe back when the descriptor is closed.
@@ -104,14 +104,3 @@ class KprobeCount:
         """Take the probe back; safe to call twice."""
         fd, self._fd = self._fd, -1
         libbpf.close(fd)
-
-    def __enter__(self) -> KprobeCount:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -10,10 +10,10 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
-from types import TracebackType
 
 from labkit.errors import Unavailable
 from labkit.kernel import libbpf
+from labkit.kernel.closing import Closing
 
 # System call numbers are the same on every architecture since Linux 5.2.
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
@@ -21,7 +21,7 @@ _CLOEXEC = 1
 _CONFIG_CREATE = 6
 
 
-class PinFolder:
+class PinFolder(Closing):
     """A private, detached bpffs.
 
     Raises
@@ -77,14 +77,3 @@ class PinFolder:
         """Drop the file system and every pin in it; safe to call twice."""
         fd, self._fd = self._fd, -1
         libbpf.close(fd)
-
-    def __enter__(self) -> PinFolder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ import numpy.typing as npt
 
 from labkit.errors import BadInput, LabError
 from labkit.kernel import libbpf, probe
+from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import AttachType, ProgramKind
 from labkit.kernel.maps import Map
 
@@ -128,7 +128,7 @@ class Function:
         return TestRun(int(options.retval), int(options.duration))
 
 
-class Unit:
+class Unit(Closing):
     """One compiled source with its maps, functions and links; a context manager.
 
     Made by :func:`load`.
@@ -306,17 +306,6 @@ class Unit:
             # bcc keeps every unit alive until the process ends, for its own clean-up.
             atexit.unregister(compiled.cleanup)
             compiled.cleanup()
-
-    def __enter__(self) -> Unit:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def load(name: str, **constants: int | str) -> Unit:

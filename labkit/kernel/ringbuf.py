@@ -22,7 +22,6 @@ import time
 from collections.abc import Iterator
 from ctypes import c_int, c_size_t, c_void_p
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -30,6 +29,7 @@ import numpy.typing as npt
 
 from labkit.errors import BadInput
 from labkit.kernel import libbpf
+from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map, map_error
 
@@ -182,7 +182,7 @@ class RingStats:
     capacity_bytes: int
 
 
-class RingReader:
+class RingReader(Closing):
     """Reads a ring buffer map whose records all have one size.
 
     A ring has one consumer. A second reader in this process is refused; another process,
@@ -496,17 +496,6 @@ class RingReader:
     def _check_open(self) -> None:
         if self._fd < 0:
             raise BadInput("This RingReader is closed: make a new one.")
-
-    def __enter__(self) -> RingReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if "_fd" in self.__dict__:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import socket
-from types import TracebackType
 
 from labkit.errors import BadInput
+from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import ProgramKind
 from labkit.kernel.programs import Function
 
 _SO_ATTACH_BPF = 50  # include/uapi/asm-generic/socket.h
 
 
-class GuardedSocket:
+class GuardedSocket(Closing):
     """A pair of Unix datagram sockets; a socket filter decides what the receiver gets.
 
     The attachment lives and dies with the socket, so nothing can be left behind. A
@@ -45,14 +45,3 @@ class GuardedSocket:
         """Close both ends, which detaches the program; safe to call twice."""
         self._sender.close()
         self._receiver.close()
-
-    def __enter__(self) -> GuardedSocket:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

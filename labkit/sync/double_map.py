@@ -29,7 +29,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Final
 
 import numpy as np
@@ -37,6 +36,7 @@ import numpy.typing as npt
 
 from labkit.errors import BadInput, LabError, TimedOut, Unavailable
 from labkit.kernel import libbpf
+from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapFlag, MapKind
 from labkit.kernel.maps import KeyAbsent, Map, Snapshot
 from labkit.sync.changes import Changes
@@ -354,7 +354,7 @@ class DoubleMap(Poll):
         return super()._look()
 
 
-class IndexFlipWriter:
+class IndexFlipWriter(Closing):
     """Publishes generations in two halves of one array, by a word that tells which one counts.
 
     The generation's lowest bit is the half in force. A flip is one store that waits for nobody;
@@ -423,17 +423,6 @@ class IndexFlipWriter:
     def close(self) -> None:
         """Free what the waiting needs; safe to call twice. The maps stay the caller's."""
         self._readers.close()
-
-    def __enter__(self) -> IndexFlipWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class OrdinaryReaders:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import mmap
 import time
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from labkit.errors import BadInput, TimedOut
 from labkit.kernel import programs
+from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapFlag, MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.ringbuf import wakeup_constants
@@ -59,7 +59,7 @@ _RUNS = 2_000  # program runs between two looks at the clock: some 0.1 ms
 _LATE_NS = 10_000_000_000
 
 
-class EventWriter:
+class EventWriter(Closing):
     """The program of bpf/event_writer.bpf.c, bound to a map, a channel and a script.
 
     Parameters
@@ -226,17 +226,6 @@ class EventWriter:
     def close(self) -> None:
         """Unload the program; safe to call twice. ``script`` and ``control`` stay as they are."""
         self._open.close()
-
-    def __enter__(self) -> EventWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def updates(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from labkit.errors import BadInput
+from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.ringbuf import RingReader, slot_bytes
@@ -30,7 +30,7 @@ MOST_EVENTS = 65_536
 
 
 @dataclass(frozen=True)
-class Channel:
+class Channel(Closing):
     """What programs that emit changes and their follower share; a context manager.
 
     Attributes
@@ -80,17 +80,6 @@ class Channel:
         """Close both maps; safe to call twice."""
         self.ring.close()
         self.counts.close()
-
-    def __enter__(self) -> Channel:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class RingEvents(Strategy):

@@ -14,6 +14,7 @@ import numpy as np
 
 from labkit.errors import BadInput, TimedOut
 from labkit.kernel import programs
+from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapFlag, MapKind
 from labkit.kernel.maps import Map
 from labkit.sync.ring_events import Channel
@@ -36,7 +37,7 @@ _RUNS = 1_000  # program runs between two looks at the clock: some 5 ms at most
 _LATE_NS = 10_000_000_000
 
 
-class SteadyWriter:
+class SteadyWriter(Closing):
     """The program of bpf/steady_writer.bpf.c, bound to a map and a channel; a context manager.
 
     It wakes nobody: its follower looks by a timer.
@@ -136,9 +137,3 @@ class SteadyWriter:
     def close(self) -> None:
         """Unload the program; safe to call twice. ``control`` stays as it is."""
         self._open.close()
-
-    def __enter__(self) -> SteadyWriter:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()

@@ -7,12 +7,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
 from labkit.errors import BadInput
+from labkit.kernel.closing import Closing
 from labkit.kernel.maps import Map
 from labkit.sync.changes import Changes, change_dtype, require_version
 from labkit.sync.replica import Replica
@@ -56,7 +55,7 @@ class Stats:
     size_bytes: int | None = None
 
 
-class Strategy(ABC):
+class Strategy(Closing, ABC):
     """A way to follow one map; a context manager.
 
     `attach` subscribes first and takes a snapshot then, so that no change falls between the
@@ -201,17 +200,6 @@ class Strategy(ABC):
         self._unsubscribe()
         if self._table is not None:
             self._table.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # -- what a strategy is made of ------------------------------------------------------
 

@@ -6,7 +6,6 @@ import functools
 import platform
 import time
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from labkit.errors import BadInput, Unavailable
 from labkit.kernel import libbpf, programs
 from labkit.kernel.btf import member_offset
+from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import AttachType, MapKind, ProgramKind
 from labkit.kernel.maps import OF_MAPS, PER_CPU, Map
 from labkit.kernel.programs import Function, LoadFailed, Unit
@@ -112,7 +112,7 @@ def way_to_map() -> dict[str, int]:
     }
 
 
-class Hooks:
+class Hooks(Closing):
     """Programs that emit an event for every change of one map; a context manager.
 
     An event has the value that was written, as `RingEvents` reads it. Per-CPU maps: that of the
@@ -283,17 +283,6 @@ class Hooks:
         """Unhook everything; safe to call twice."""
         self._functions, self._places, self._held = {}, [], []
         self._open.close()
-
-    def __enter__(self) -> Hooks:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class TraceHook(RingEvents):
