@@ -26,7 +26,7 @@ def http_poll(run: Run) -> Finding:
     wait = (changes["wait"] / changes["delay"]).groupby(changes["case"]).median()
     ignored = polls[polls["case"].isin(run.cases("broken"))]
     means = changes.loc[changes["case"] == _CHEAP, _PARTS].mean()
-    period_ms = float(run.parameters["period_ms"])
+    period_ms = float(str(run.parameters["period_ms"]))
     of_period = float(means["wait"]) / 1e6 / period_ms
     second = str(means.drop("wait").idxmax())
     mostly = [

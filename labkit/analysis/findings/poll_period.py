@@ -5,9 +5,9 @@ from __future__ import annotations
 from labkit.analysis.findings import Check, Finding, judges
 from labkit.analysis.runs import Run
 
-# Growth of the mean delay over that of the period: the uniform law gives 0.5, and what a look itself
-# takes, be the CPU as slow as it may, is in both delays. The band is wide enough for a busy machine and
-# for the few independent periods of a short run, and far from 0 and from 1.
+# Growth of the mean delay over that of the period: the uniform law gives 0.5, and what a look
+# itself takes is in both delays, be the CPU as slow as it may. The band is wide enough for a busy
+# machine and for the few independent periods of a short run, and far from 0 and from 1.
 _LEAST, _MOST = 0.3, 0.75
 
 
