@@ -148,13 +148,17 @@ def sign(figure: Figure, run: Run) -> None:
         marks.append("emulated machine: times compare within it only")
     strip = (_NOTE_SIZE + 4) / 72 / figure.get_figheight()
     if isinstance(engine := figure.get_layout_engine(), ConstrainedLayoutEngine):
-        top = strip if marks else 0.0
-        engine.set(rect=(0, strip, 1, 1 - strip - top))
+        height = 1 - strip * (1 + len(marks))
+        # The engine keeps axes clear of the mark, and of a legend above them, but no legend.
+        for legend in figure.legends:
+            legend.set_bbox_to_anchor((0, strip, 1, height), figure.transFigure)
+            height -= legend.get_window_extent().height / figure.bbox.height
+        engine.set(rect=(0, strip, 1, height))
     figure.text(
         0.995, 0.01, " · ".join(facts), ha="right", va="bottom", fontsize=_NOTE_SIZE, color=GREY
     )
     if marks:
         figure.text(
-            0.995, 0.99, "; ".join(marks), ha="right", va="top", fontsize=_NOTE_SIZE + 0.5,
+            0.995, 0.99, "\n".join(marks), ha="right", va="top", fontsize=_NOTE_SIZE + 0.5,
             color=BLACK, bbox={"facecolor": YELLOW, "edgecolor": BLACK, "lw": 0.4, "pad": 1.2},
         )  # fmt: skip

@@ -64,7 +64,10 @@ def test_its_figure_is_drawn_and_marked(path: Path) -> None:
         pytest.skip("it has no axis to draw along")
     figure = figures.draw(run)
     figure.savefig(io.BytesIO(), format="png")
-    assert f"recorded on {run.kernel}" in " ".join(text.get_text() for text in figure.texts)
+    (mark,) = (text for text in figure.texts if f"recorded on {run.kernel}" in text.get_text())
+    box = mark.get_window_extent()
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, "a part of the mark is cut off"
+    assert not any(box.overlaps(one.get_window_extent()) for one in figure.legends)
 
 
 def test_all_together_are_small() -> None:

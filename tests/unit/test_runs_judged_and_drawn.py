@@ -103,7 +103,7 @@ def test_recorded_and_emulated_runs_are_marked() -> None:
     facts = {"virtual": {"machine": "qemu", "emulated": True}, "cpu": {"count": 2}}
     provenance = run().provenance | facts
     figure = figures.draw(run(recorded=True, provenance=provenance))
-    assert "recorded on 6.18.44; emulated machine" in words(figure)
+    assert "recorded on 6.18.44\nemulated machine" in words(figure)
     assert "kernel 6.18.44 · 2 CPUs" in words(figure)
 
 
