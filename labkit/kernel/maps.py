@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import sys
 from collections.abc import Callable, Iterator
 from ctypes import byref, c_uint32
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -172,6 +174,8 @@ class Map(Closing):
         # Per-CPU values stand eight bytes aligned, one slot for each possible CPU.
         self._stride = -(-info.value_size // 8) * 8
         self._cpus = libbpf.possible_cpus() if self.kind in PER_CPU else 0
+        # Room for one value, made anew for each lookup: whoever got one may keep it.
+        self._room = ctypes.c_char * (self._stride * self._cpus or self.value_size)
         self._lib = libbpf.api()
 
     def _layout(
@@ -361,13 +365,18 @@ class Map(Closing):
 
     def value_buffer(self) -> npt.NDArray[np.uint8]:
         """Zeroed buffer that the kernel may fill with one value."""
-        return np.zeros(self._stride * self._cpus or self.value_size, np.uint8)
+        return np.zeros(ctypes.sizeof(self._room), np.uint8)
 
     def decode_value(self, raw: npt.NDArray[np.uint8]) -> Any:
         """One value from a buffer; shape ``(possible_cpus,)`` for a per-CPU map."""
         if self.kind in PER_CPU:
             return self._decode_slots(raw, 1)[0]
         return _viewed(raw, self.value_dtype)[0]
+
+    def _decoded(self, room: ctypes.Array[ctypes.c_char]) -> Any:
+        if self._cpus or self.value_dtype.shape:
+            return self.decode_value(np.frombuffer(memoryview(room), np.uint8))
+        return np.frombuffer(memoryview(room), self.value_dtype)[0]
 
     def _decode_slots(self, raw: npt.NDArray[np.uint8], count: int) -> npt.NDArray[Any]:
         slots = raw[: count * self._cpus * self._stride].reshape(count, self._cpus, self._stride)
@@ -406,14 +415,11 @@ class Map(Closing):
         MapError
             Anything else that the kernel refuses.
         """
-        packed, raw = self.encode_key(key), self.value_buffer()
-        self._check(
-            self._lib.bpf_map_lookup_elem_flags(
-                self.fd, packed.ctypes.data, raw.ctypes.data, int(flags)
-            ),
-            f"Looking up {key!r}",
-        )
-        return self.decode_value(raw)
+        packed, room = to_bytes(key, self.key_dtype, "key"), self._room()
+        result = self._lib.bpf_map_lookup_elem_flags(self.fd, packed, room, flags)
+        if result < 0:
+            self._check(result, f"Looking up {key!r}")
+        return self._decoded(room)
 
     def get(self, key: Any, default: Any = None) -> Any:
         """Value of a key, or ``default`` where it is absent."""
@@ -439,29 +445,29 @@ class Map(Closing):
         BadInput
             Key or value do not fit the map.
         """
-        packed, data = self.encode_key(key), self.encode_value(value)
-        self._check(
-            self._lib.bpf_map_update_elem(
-                self.fd, packed.ctypes.data, data.ctypes.data, int(flags)
-            ),
-            f"Updating {key!r}",
+        packed = to_bytes(key, self.key_dtype, "key")
+        data = (
+            self.encode_value(value).tobytes()
+            if self._cpus
+            else to_bytes(value, self.value_dtype, "value")
         )
+        result = self._lib.bpf_map_update_elem(self.fd, packed, data, flags)
+        if result < 0:
+            self._check(result, f"Updating {key!r}")
 
     def delete(self, key: Any) -> None:
         """Delete one element; :class:`KeyAbsent` where it is not there."""
-        packed = self.encode_key(key)
-        self._check(self._lib.bpf_map_delete_elem(self.fd, packed.ctypes.data), f"Deleting {key!r}")
+        result = self._lib.bpf_map_delete_elem(self.fd, to_bytes(key, self.key_dtype, "key"))
+        if result < 0:
+            self._check(result, f"Deleting {key!r}")
 
     def lookup_and_delete(self, key: Any) -> Any:
         """Take one element out in a single step (hash types since Linux 5.14)."""
-        packed, raw = self.encode_key(key), self.value_buffer()
-        self._check(
-            self._lib.bpf_map_lookup_and_delete_elem_flags(
-                self.fd, packed.ctypes.data, raw.ctypes.data, 0
-            ),
-            f"Taking out {key!r}",
-        )
-        return self.decode_value(raw)
+        packed, room = to_bytes(key, self.key_dtype, "key"), self._room()
+        result = self._lib.bpf_map_lookup_and_delete_elem_flags(self.fd, packed, room, 0)
+        if result < 0:
+            self._check(result, f"Taking out {key!r}")
+        return self._decoded(room)
 
     def updater(self, key: Any, value: npt.NDArray[Any], flags: int = 0) -> Callable[[], int]:
         """Prepared update for a hot loop: sizes are checked here, once.
@@ -772,7 +778,7 @@ def encode(items: Any, dtype: np.dtype[Any], what: str) -> npt.NDArray[Any]:
             _copy_fields(items, out, what)
             return out
         if base.kind in "iu" and items.dtype.kind in "iub":
-            low, high = np.iinfo(base).min, np.iinfo(base).max
+            low, high = _limits(base)
             if items.size and (int(items.min()) < low or int(items.max()) > high):
                 raise BadInput(f"A {what} does not fit {base}: it must be {low} to {high}.")
             out[...] = items.astype(base)
@@ -788,6 +794,15 @@ def encode(items: Any, dtype: np.dtype[Any], what: str) -> npt.NDArray[Any]:
     for i, item in enumerate(items):
         _encode_one(out, i, item, dtype, shape, what)
     return out
+
+
+def to_bytes(item: Any, dtype: np.dtype[Any], what: str) -> bytes:
+    """One item as `encode` packs it; a plain integer without an array, which takes longer."""
+    if type(item) is int and dtype.kind in "iu" and dtype.isnative:
+        low, high = _limits(dtype)
+        if low <= item <= high:
+            return item.to_bytes(dtype.itemsize, sys.byteorder, signed=low < 0)
+    return encode([item], dtype, what).tobytes()
 
 
 def _encode_one(
@@ -817,19 +832,47 @@ def _encode_one(
         raise BadInput(f"The {what}s of this map have shape {shape}, not {np.shape(item)}.")
     base = dtype.base
     if base.kind in "iu":
-        numbers = np.asarray(item)
-        if numbers.dtype.kind not in "iub":
-            raise BadInput(f"The {what}s of this map are {base}; {item!r} is no whole number.")
-        low, high = np.iinfo(base).min, np.iinfo(base).max
-        if numbers.size and (int(numbers.min()) < low or int(numbers.max()) > high):
+        low, high = _limits(base)
+        if type(item) is int:
+            least = most = item
+        else:
+            numbers = np.asarray(item)
+            if numbers.dtype.kind not in "iub":
+                raise BadInput(f"The {what}s of this map are {base}; {item!r} is no whole number.")
+            least, most = (int(numbers.min()), int(numbers.max())) if numbers.size else (low, high)
+        if least < low or most > high:
             raise BadInput(f"{item!r} does not fit a {what} of {base}: it must be {low} to {high}.")
     elif size is not None and size != dtype.itemsize:
         raise BadInput(f"This {what} has {size} bytes, the map's have {dtype.itemsize}.")
     out[i] = item
 
 
+@cache
+def _limits(dtype: np.dtype[Any]) -> tuple[int, int]:
+    """Smallest and largest integer of a dtype."""
+    return int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+
+
+@cache
+def _all_limits(dtype: np.dtype[Any]) -> tuple[tuple[int, int], ...]:
+    """Those of each field; empty where a field is no single integer."""
+    fields = [dtype[name] for name in dtype.names or ()]
+    if any(field.kind not in "iu" or field.shape for field in fields):
+        return ()
+    return tuple(_limits(field) for field in fields)
+
+
 def _encode_struct(out: npt.NDArray[Any], item: Any, dtype: np.dtype[Any], what: str) -> None:
     assert dtype.names is not None and dtype.fields is not None
+    limits = _all_limits(dtype)
+    if type(item) is tuple and len(item) == len(limits):
+        # The usual case, and worth the lines: what follows takes ten times as long.
+        for number, (low, high) in zip(item, limits, strict=True):
+            if type(number) is not int or not low <= number <= high:
+                break
+        else:
+            out[0] = item
+            return
     if isinstance(item, np.void | np.ndarray):
         if item.dtype.names != dtype.names:
             raise BadInput(

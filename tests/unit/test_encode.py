@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labkit.errors import BadInput
-from labkit.kernel.maps import encode
+from labkit.kernel.maps import encode, to_bytes
 
 PADDED = np.dtype({"names": ["a", "b"], "formats": ["u1", "u4"], "offsets": [0, 4], "itemsize": 8})
 NESTED = np.dtype([("head", PADDED), ("words", "u8", (2,))])
@@ -34,6 +34,26 @@ def test_padding_of_a_given_array_is_zeroed(raw: bytes) -> None:
 def test_padding_of_nested_structs_is_zeroed() -> None:
     dirty = np.frombuffer(b"\xaa" * NESTED.itemsize, NESTED)
     assert encode(dirty, NESTED, "value").tobytes()[1:4] == b"\0\0\0"
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["u1", "i4", ">u4", "u8", ">i8", [("a", ">u2"), ("b", "i4")], [("a", "u1"), ("b", "u8")]],
+)
+@given(data=st.data())
+def test_a_single_item_is_packed_as_in_an_array(dtype: Any, data: st.DataObject) -> None:
+    layout = np.dtype(dtype)
+    fields = [layout[name] for name in layout.names or ()] or [layout]
+    numbers = [
+        data.draw(st.integers(int(np.iinfo(one).min), int(np.iinfo(one).max))) for one in fields
+    ]
+    expected = np.zeros(1, layout)
+    for name, number in zip(layout.names or (...,), numbers, strict=True):
+        expected[name] = number
+    item = tuple(numbers) if layout.names else numbers[0]
+    assert to_bytes(item, layout, "key") == expected.tobytes()
+    with pytest.raises(BadInput, match="does not fit"):
+        to_bytes((1 << 64, 0) if layout.names else 1 << 64, layout, "key")
 
 
 def test_raw_bytes_are_taken_as_they_are() -> None:
