@@ -11,7 +11,10 @@ import (
 	"time"
 )
 
-const keys = 1024
+const (
+	keys = 1024
+	most = 20 * time.Second // until each goroutine has been through all keys
+)
 
 type table interface {
 	read(key int) int
@@ -60,6 +63,19 @@ func newTable(guard string) table {
 	panic("the guard is bare, rwmutex or syncmap")
 }
 
+// wait returns when the group is done, or after so long.
+func wait(group *sync.WaitGroup, limit time.Duration) {
+	done := make(chan struct{})
+	go func() {
+		group.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(limit):
+	}
+}
+
 func main() {
 	shared := newTable(os.Args[1])
 	readers, _ := strconv.Atoi(os.Args[2])
@@ -71,9 +87,10 @@ func main() {
 
 	var stop atomic.Bool
 	var reads atomic.Int64
-	var group sync.WaitGroup
-	work := func(body func(turn int)) {
+	var group, rounds sync.WaitGroup
+	work := func(round int, body func(turn int)) {
 		group.Add(1)
+		rounds.Add(1)
 		go func() {
 			defer group.Done()
 			// What a careful programmer would try. The runtime's fatal error cannot be recovered.
@@ -84,11 +101,14 @@ func main() {
 			}()
 			for turn := 0; !stop.Load(); turn++ {
 				body(turn)
+				if turn+1 == round {
+					rounds.Done()
+				}
 			}
 		}()
 	}
 	for reader := 0; reader < readers; reader++ {
-		work(func(turn int) {
+		work(1, func(turn int) {
 			for key := 0; key < keys; key++ {
 				shared.read(key)
 			}
@@ -96,10 +116,12 @@ func main() {
 		})
 	}
 	for writer := 0; writer < writers; writer++ {
-		work(func(turn int) { shared.write(turn%keys, turn) })
+		work(keys, func(turn int) { shared.write(turn%keys, turn) })
 	}
 	begun := time.Now()
 	time.Sleep(time.Duration(milliseconds) * time.Millisecond)
+	// On a busy machine a goroutine may not have run at all by then.
+	wait(&rounds, most)
 	stop.Store(true)
 	group.Wait()
 	fmt.Println("survived", reads.Load(), time.Since(begun).Nanoseconds())

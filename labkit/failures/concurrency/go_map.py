@@ -50,7 +50,8 @@ def go_map(*, readers: int, run_ms: int, processes: int) -> Tables:
     readers : int
         Goroutines that read.
     run_ms : int
-        Time that each process runs, milliseconds.
+        Time that each process runs, milliseconds, and until each goroutine has been through all
+        keys once.
     processes : int
         Processes of every kind, with and without the race detector.
 
