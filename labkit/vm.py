@@ -52,7 +52,10 @@ _PYTEST = (
     " -m 'not outside_vm' -q -o timeout=600 --durations=10"
 )
 _TRIAL_LIMIT_S = 20.0
-_SSH_FAILED = 255  # of ssh itself, as when the guest answers no more: its log may tell why
+_SSH_FAILED = 255  # of ssh itself, as when the guest answers no more
+_ALIVE_EVERY_S = 15  # ssh asks the guest; on two CPUs with four times their load it took up to 8 s
+_ALIVE_MISSED = 8  # so many answers may be missing
+_LAST_WORDS_S = 20.0
 _NEED_BYTES = 2 << 30  # of what a VM writes while it runs
 _GUEST_CHECKOUT = "/vagrant"  # where Vagrant has it, too
 _NOT_SHARED = ("/.venv/", "/.lab/", "/runs/", "/reports/", "__pycache__/", ".*_cache/")
@@ -63,8 +66,14 @@ _EMULATED_CPU = "max,-avx2,-erms,-fsrm"
 _COMMAND_LINE = (
     "root=/dev/vda rw console=ttyS0 quiet panic=-1 net.ifnames=0 "
     # An emulated CPU has nothing to guard against its guest; these cost it a third of its speed.
-    "nokaslr mitigations=off init_on_alloc=0 apparmor=0 audit=0"
+    "nokaslr mitigations=off init_on_alloc=0 apparmor=0 audit=0 "
+    # Asked by an NMI, a kernel that answers nothing else writes where each of its CPUs is.
+    "unknown_nmi_panic panic_print=0x40"
 )
+
+
+class GuestLost(LabError):
+    """A VM that had answered does so no more. No test has failed by that, and none has passed."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +114,8 @@ class Machine:
             "StrictHostKeyChecking": "yes",
             "LogLevel": "ERROR",
             "ConnectTimeout": "60",
-            "ServerAliveInterval": "30",
-            "ServerAliveCountMax": "10",
+            "ServerAliveInterval": str(_ALIVE_EVERY_S),
+            "ServerAliveCountMax": str(_ALIVE_MISSED),
         }
         line = ["ssh", "-F", "none", "-p", str(self.port)]
         line += [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
@@ -153,6 +162,8 @@ class Machine:
         ------
         TimedOut
             It took longer than ``timeout_s`` seconds.
+        GuestLost
+            ssh ended without the command's exit status.
         """
         try:
             status = subprocess.run(
@@ -163,7 +174,10 @@ class Machine:
                 f"In the VM, {command!r} did not end within {timeout_s:g} s; it was stopped."
             ) from None
         if status == _SSH_FAILED:
-            _show(Path(self.folder), _say)
+            raise GuestLost(
+                "The VM does not answer any more: ssh lost it, which waits "
+                f"{_ALIVE_EVERY_S * _ALIVE_MISSED} s for a sign of life."
+            )
         return status
 
 
@@ -189,6 +203,8 @@ def booted(say: Callable[[str], None], *, limit_s: float = BOOT_LIMIT_S) -> Iter
         No image, no QEMU, or no room on the disk.
     LabError
         It did not boot; the end of its serial line's log was said.
+    GuestLost
+        From the block, when it was raised there; the guest's last words were said.
     """
     image = _image()
     accelerator = _accelerator(image, say)
@@ -211,7 +227,11 @@ def booted(say: Callable[[str], None], *, limit_s: float = BOOT_LIMIT_S) -> Iter
             machine.bring_checkout()
             say(f"the VM answers after {time.monotonic() - start:.0f} s ({_spoken(accelerator)})")
             (folder / "machine.json").write_text(json.dumps(asdict(machine)))
-            yield machine
+            try:
+                yield machine
+            except GuestLost:
+                _say_last_words(qemu, folder, say)
+                raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -306,6 +326,7 @@ def _command_line(machine: Machine) -> list[str]:
         *("-accel", "kvm" if kvm else "tcg,thread=multi", "-cpu", "host" if kvm else _EMULATED_CPU),
         *("-M", "q35", "-smp", str(cpus), "-m", str(memory)),
         *("-nodefaults", "-display", "none", "-no-reboot", "-serial", f"file:{folder}/serial.log"),
+        *("-monitor", "stdio"),
         *("-kernel", str(image / "vmlinux"), "-initrd", str(image / "initrd")),
         *("-append", _COMMAND_LINE),
         # A full disk is an error in the guest, not a guest that stands still.
@@ -325,12 +346,12 @@ def _share(tag: str, path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _qemu(line: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with open(folder / "qemu.log", "wb") as log:
+    with open(folder / "qemu.log", "wb") as log, open(folder / "monitor.log", "wb") as monitor:
         try:
             qemu = subprocess.Popen(
                 line,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdin=subprocess.PIPE,
+                stdout=monitor,
                 stderr=log,
                 # Its copy of the disk is a file without a name in here: nothing stays of it.
                 env={**os.environ, "TMPDIR": str(folder)},
@@ -345,7 +366,7 @@ def _qemu(line: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[bytes]
         yield qemu
     finally:
         qemu.kill()
-        qemu.wait()
+        qemu.communicate()  # closes its stdin, and waits
 
 
 def _await_ready(
@@ -366,10 +387,25 @@ def _await_ready(
         time.sleep(0.1)
 
 
-def _show(folder: Path, say: Callable[[str], None]) -> None:
+def _say_last_words(
+    qemu: subprocess.Popen[bytes], folder: Path, say: Callable[[str], None]
+) -> None:
+    """Where QEMU sees each CPU, then the kernel's own stacks; the guest ends by that."""
+    assert qemu.stdin is not None
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        qemu.stdin.write(b"info registers -a\nnmi\n")
+        qemu.stdin.flush()
+        qemu.wait(_LAST_WORDS_S)
+    for line in (folder / "monitor.log").read_text(errors="replace").splitlines():
+        if line.startswith(("CPU#", "RIP=", "EIP=")):
+            say(f"QEMU: {line.rstrip()}")
+    _show(folder, say, lines=100)
+
+
+def _show(folder: Path, say: Callable[[str], None], *, lines: int = 30) -> None:
     for name in ("serial.log", "qemu.log"):
         with contextlib.suppress(OSError):
-            for line in (folder / name).read_text(errors="replace").splitlines()[-30:]:
+            for line in (folder / name).read_text(errors="replace").splitlines()[-lines:]:
                 say(f"{name}: {line.rstrip()}")
 
 
@@ -422,13 +458,27 @@ def _accelerator_only(arguments: argparse.Namespace) -> int:
 def _test(arguments: argparse.Namespace) -> int:
     """Run the tests and the experiments that are for the full kernel; the worst exit status.
 
-    Both at once, since either keeps one CPU busy.
+    Where the VM is lost in the middle, all of it is run once more, in a new one. A test that fails
+    is never repeated.
 
     Raises
     ------
     TimedOut
         They took longer than `TEST_LIMIT_S` seconds.
+    GuestLost
+        The second VM was lost, too.
     """
+    try:
+        return _test_once()
+    except GuestLost as lost:
+        _say(f"{lost} A VM was LOST (see above); all is run once more, in a second and last one")
+        status = _test_once()
+        _say("this was the second VM: the first one was LOST")
+        return status
+
+
+def _test_once() -> int:
+    """Both at once, since either keeps one CPU busy."""
     measured = f"{_LABKIT} run {' '.join(_for_full_kernel())} --folder /results/runs"
     (RESULTS / "experiments.txt").unlink(missing_ok=True)
     # At the end the VM goes first, and what still runs in it ends with it.

@@ -10,6 +10,9 @@
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+# What tools say is read below.
+export LC_ALL=C.UTF-8
+
 cache=${LAB_VM_CACHE:-$LAB_STATE/vm/images}
 suite=bookworm
 size=8G
@@ -53,8 +56,8 @@ fetch_wheels() {
     pins | "$LAB_ROOT/.venv/bin/python" -m pip download --disable-pip-version-check --no-input \
         --dest "$wheels.new" --only-binary=:all: --python-version 3.11 \
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-        --requirement /dev/stdin 'setuptools>=66'
-    mv -T "$wheels.new" "$wheels"
+        --requirement /dev/stdin 'setuptools>=66' &&
+        mv -T "$wheels.new" "$wheels"
 }
 
 # Runs as root. In $work: root/ while it is being made, then the files of the image.
@@ -121,6 +124,15 @@ finish() {
     truncate -s "$size" "$work/disk.raw"
     mke2fs -q -t ext4 -L lab -m 0 -E lazy_itable_init=1 -d "$root" "$work/disk.raw"
     rm -rf "$root" "$work/apt.list"
+    sync -f "$work"
+}
+
+# give_up LOG FOLDER: leaves nothing of what was being made in FOLDER.
+give_up() {
+    as_root rm -rf "$2"
+    grep -qE 'No space left on device|enough free space' "$1" || exit 1
+    die "The disk became full while the VM image was built in $cache: free some space, or name another" \
+        "folder in LAB_VM_CACHE."
 }
 
 # watched PID COMMAND...: runs COMMAND in a process namespace, which the kernel ends with all that is
@@ -151,11 +163,13 @@ image=$cache/$name
 mkdir -p "$cache"
 cache=$(cd "$cache" && pwd -P)
 image=$cache/$name
-# Two builds of one image at once: the second waits, then finds it.
-exec 8<"$cache"
-if ! flock --nonblock 8; then
-    say "Another build of a VM image is going on in $cache: waiting for it."
-    flock 8
+if [[ ! -d $image ]]; then
+    # Two builds of one image at once: the second waits, then finds it.
+    exec 8<"$cache"
+    if ! flock --nonblock 8; then
+        say "Another build of a VM image is going on in $cache: waiting for it."
+        flock 8
+    fi
 fi
 if [[ ! -d $image ]]; then
     [[ $(uname -m) == x86_64 ]] || die "The VM image is for x86-64 machines; this is $(uname -m)."
@@ -169,17 +183,15 @@ if [[ ! -d $image ]]; then
     wheels=$cache/wheels-$(pins | sha256sum | cut -c1-16)
     if [[ ! -d $wheels ]]; then
         rm -rf "$wheels.new"
-        with_progress "$LAB_STATE/vm-wheels.log" "Fetching the Python packages of the VM image" fetch_wheels "$wheels"
+        with_progress "$LAB_STATE/vm-wheels.log" "Fetching the Python packages of the VM image" \
+            fetch_wheels "$wheels" || give_up "$LAB_STATE/vm-wheels.log" "$wheels.new"
     fi
     part=$image.part
     mkdir -p "$part"
     with_progress "$LAB_STATE/vm-image.log" "Building the VM image (about two minutes)" \
-        as_root "$LAB_ROOT/provision/vm-image.sh" --watched $$ "$part" "$wheels" || {
-        as_root rm -rf "$part"
-        exit 1
-    }
+        as_root "$LAB_ROOT/provision/vm-image.sh" --watched $$ "$part" "$wheels" ||
+        give_up "$LAB_STATE/vm-image.log" "$part"
     as_root chown -R "$(id -u):$(id -g)" "$part"
-    sync -f "$part"
     mv -T "$part" "$image"
 fi
 printf '%s\n' "$image"

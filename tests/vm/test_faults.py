@@ -6,6 +6,8 @@ QEMU is the real one, and up at once.
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import hashlib
 import os
 import re
@@ -153,6 +155,51 @@ def test_a_guest_that_ends_at_once_is_told_from_one_that_is_silent(
     assert "serial.log: here is a guest that never answers" in said
 
 
+def test_a_guest_that_is_lost_is_asked_where_its_cpus_are(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(vm, "_LAST_WORDS_S", 2.0)
+    # As if it had answered.
+    monkeypatch.setattr(vm, "_await_ready", lambda *_: None)
+    monkeypatch.setattr(vm.Machine, "bring_checkout", lambda _: None)
+    with pytest.raises(vm.GuestLost, match="does not answer"), vm.booted(said.append) as machine:
+        log = Path(machine.folder, "serial.log")
+        wait_for(lambda: log.exists() and "here is" in log.read_text(), "it did not start")
+        dataclasses.replace(machine, port=vm.free_port()).run("true")
+    assert {"QEMU: CPU#0", "serial.log: here is a guest that never answers"} <= set(said)
+    assert any(re.match(r"QEMU: [ER]IP=", line) for line in said)
+    assert not qemu_of(os.getpid())
+
+
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [([0], 0), ([1], 1), (["lost", 0], 0), (["lost", 1], 1), (["lost", "lost"], None)],
+)
+def test_only_a_lost_guest_is_replaced_and_only_once(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ends: list[int | str],
+    status: int | None,
+) -> None:
+    left = list(ends)
+
+    def once() -> int:
+        end = left.pop(0)
+        if isinstance(end, str):
+            raise vm.GuestLost("It does not answer.")
+        return end
+
+    monkeypatch.setattr(vm, "_test_once", once)
+    if status is None:
+        with pytest.raises(vm.GuestLost):
+            vm._test(argparse.Namespace())
+    else:
+        assert vm._test(argparse.Namespace()) == status
+    assert not left
+    assert ("LOST" in capsys.readouterr().err) == (ends[0] == "lost")
+
+
 @pytest.mark.parametrize(
     "command", [(*COMMAND, "boot"), ("make", "vm-boot")], ids=["python", "make"]
 )
@@ -223,12 +270,46 @@ def test_a_full_disk_is_told_before_anything_is_started(images: Path, tmp_path: 
     assert "needs 5000 MB of disk" in done.stderr and done.stderr.count("\n") == 1
 
 
+def wheels() -> str:
+    """Name of the folder that tells the build that the Python packages have been fetched."""
+    pins = re.findall(r'"([^" ]*==[^" ]*)"', (vm.CHECKOUT / "pyproject.toml").read_text())
+    return "wheels-" + hashlib.sha256("".join(f"{pin}\n" for pin in pins).encode()).hexdigest()[:16]
+
+
+FILLS_THE_DISK = """#!/bin/sh -e
+for word; do case $word in */root) root=$word ;; esac; done
+mkdir "$root"
+fallocate -l "$(df -B1 --output=avail "$root" | tail -n 1)" "$root/most"
+cp /dev/zero "$root/rest"
+"""
+
+
+def test_a_disk_that_fills_during_a_build_is_told_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "mmdebstrap").write_text(FILLS_THE_DISK)
+    (tmp_path / "bin" / "mmdebstrap").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("LAB_VM_CACHE", f"{tmp_path}/cache")
+    disk = f"""
+        truncate -s 6G {tmp_path}/disk
+        mkfs.ext4 -q -m 0 {tmp_path}/disk
+        mount -o loop {tmp_path}/disk {tmp_path}/cache
+        mkdir {tmp_path}/cache/{wheels()}"""
+    done = ended("sh", "-c", f"{BUILD}; status=$?; ls {tmp_path}/cache; exit $status", mounts=disk)
+    assert done.returncode == 1, done.stderr
+    assert "lab: The disk became full while the VM image was built" in done.stderr.splitlines()[-1]
+    assert done.stdout.split() == ["lost+found", wheels()]
+    loops = subprocess.run(["losetup", "--associated", tmp_path / "disk"], capture_output=True)
+    assert not loops.stdout
+
+
 def test_a_build_that_is_cut_off_leaves_no_image_and_no_process(tmp_path: Path) -> None:
     if shutil.which("mmdebstrap") is None:
         pytest.skip("there is no mmdebstrap: provision/vm-packages.sh installs it")
-    pins = re.findall(r'"([^" ]*==[^" ]*)"', (vm.CHECKOUT / "pyproject.toml").read_text())
-    name = hashlib.sha256("".join(f"{pin}\n" for pin in pins).encode()).hexdigest()[:16]
-    (tmp_path / f"wheels-{name}").mkdir()  # as if they had been fetched
+    (tmp_path / wheels()).mkdir()
     builder = subprocess.Popen(
         [BUILD],
         env={**os.environ, "LAB_VM_CACHE": str(tmp_path)},
