@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from labkit.analysis import style
 from labkit.analysis.figures import draws, shares_missed
@@ -83,5 +84,6 @@ def _cpu(ax: Axes, run: Run) -> None:
     ax.axhline(float(events), **_EVENTS, label=f"events, {1e3 / gap:g} changes/s")
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(lambda share, _: f"{share:.6%}".rstrip("0%").rstrip(".") + "%")
+    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_ylabel("follower, of one CPU")
-    ax.legend(loc="upper right")
+    ax.legend(loc="best")

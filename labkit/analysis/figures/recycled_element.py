@@ -54,7 +54,7 @@ def recycled_element(run: Run, *, ax: Axes | None = None) -> Axes:
                     uplims=True, mfc="white", **look.points())  # fmt: skip
     ax.plot([], [], mfc="white", label="with a cure", **style.VARIANT["fixed"].points())
     ax.set_yscale("log")
-    ax.set_xlabel("ns from lookup to end of use (hollow: none, bound at 95 %)", loc="right")
+    ax.set_xlabel("ns from lookup to end of use\n(hollow: none, bound at 95 %)", loc="right")
     ax.set_ylabel("another key's value,\nper million values used")
     ax.legend(loc="lower left", bbox_to_anchor=(-0.25, 1), ncols=1)
     return ax
