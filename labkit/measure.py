@@ -22,8 +22,6 @@ RUNS = Path(__file__).resolve().parents[1] / "runs"
 TIME_LIMIT_S = {"quick": 120.0, "full": 900.0}
 """Bound for one experiment, seconds."""
 
-_EMULATED = 10  # times as slow, or worse, is a CPU whose instructions are emulated
-
 
 def measure(
     experiment: str,
@@ -98,7 +96,7 @@ def measure(
 
 def patience() -> int:
     """How many times as long as usual work may take: 10 where the CPU is emulated, else 1."""
-    return _EMULATED if emulated() else 1
+    return runs.SLOWER if emulated() else 1
 
 
 def saved(experiment: str, profile: str, changed: Mapping[str, Any], folder: str) -> str:

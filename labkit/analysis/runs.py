@@ -40,6 +40,9 @@ PARTIAL: Final = ".partial-"
 RECORDED: Final = Path(__file__).resolve().parents[2] / "data" / "runs"
 """The recorded runs of the checkout, one folder per kernel."""
 
+SLOWER: Final = 10
+"""Times as slow, or worse, is a CPU whose instructions are emulated."""
+
 REPLACED: Final = ".replaced-"
 """Prefix of a directory that is being replaced at this moment."""
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from labkit.analysis.runs import Triad
+from labkit.analysis.runs import SLOWER, Triad
 from labkit.errors import LabError, Unavailable
 from labkit.failures import open_loop
 from labkit.failures.experiment import Tables, experiment, say
@@ -29,6 +29,7 @@ from labkit.failures.open_loop import OpenLoopWriter
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child
+from labkit.kernel.provenance import emulated
 
 PARTS = ("wait", "name lookup", "connect", "TLS", "request", "server", "compare")
 """What the delay of a change is made of, in the order of time."""
@@ -68,7 +69,9 @@ def http_poll(*, period_ms: float, gap_ms: float, changes: int, rounds: int, see
     period_ms : float
         Poll period, milliseconds.
     gap_ms : float
-        Mean gap between two changes, exponentially distributed, milliseconds; open loop.
+        Mean gap between two changes, exponentially distributed, milliseconds; open loop. Where
+        the CPU is emulated, period and gap are `SLOWER` times as long, or a poll would take longer
+        than its period.
     changes : int
         Changes in each round of each way.
     rounds : int
@@ -96,6 +99,8 @@ def http_poll(*, period_ms: float, gap_ms: float, changes: int, rounds: int, see
         The openssl command is missing, or localhost is not 127.0.0.1 here.
     """
     identity = _certificate()
+    if emulated():
+        period_ms, gap_ms = period_ms * SLOWER, gap_ms * SLOWER
     triad, polls, seen = Triad("false no change"), [], []
     requests: list[dict[str, object]] = []
     for turn in range(rounds):
