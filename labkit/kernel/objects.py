@@ -25,9 +25,11 @@ import pandas as pd
 from labkit.errors import Unavailable
 from labkit.kernel import libbpf
 from labkit.kernel.libbpf import MapKind, ProgramKind
+from labkit.kernel.provenance import emulated
 
 _BPF_FS_MAGIC: Final = 0xCAFE4A11
-_ELEMENTS_READ_S: Final = 0.05  # before Linux 6.8 each look into an outer map waits for RCU
+_ELEMENTS_READ_S: Final = 0.05  # before Linux 6.8 each look into an outer map waits for RCU,
+_EMULATED_READ_S: Final = 0.5  # which takes longer than that where the CPUs are emulated
 _LINK_KINDS: Final = (
     "unspec", "raw_tracepoint", "tracing", "cgroup", "iter", "netns", "xdp", "perf_event",
     "kprobe_multi", "struct_ops", "netfilter", "tcx", "uprobe_multi", "netkit", "sockmap",
@@ -471,7 +473,7 @@ def _elements(fd: int, key_size: int) -> tuple[tuple[int, ...], bool]:
     key, following = (ctypes.create_string_buffer(key_size) for _ in range(2))
     value = ctypes.c_uint32()
     found: set[int] = set()
-    deadline = time.monotonic() + _ELEMENTS_READ_S
+    deadline = time.monotonic() + (_EMULATED_READ_S if emulated() else _ELEMENTS_READ_S)
     previous = None
     while lib.bpf_map_get_next_key(fd, previous, following) == 0:
         if time.monotonic() > deadline:
