@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import socket
 import subprocess
+import time
 from typing import Final
 
 from labkit.errors import Unavailable
@@ -32,24 +34,35 @@ def enter_own_network() -> None:
     OSError
         The kernel refuses a namespace.
     Unavailable
-        There is no ``ip`` command, or it cannot make the pair.
+        There is no ``ip`` command, or it cannot make the pair, or that does not come up.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNET) != 0:
         libbpf.checked(-ctypes.get_errno(), "making a network namespace")
     if not (ip := tools.find_tool("ip")):
         raise Unavailable("There is no ip command: install iproute2 (make setup does).")
-    for words in (
-        f"link add {ENDS[0]} type veth peer name {ENDS[1]}",
-        f"link set {ENDS[0]} up",
-        f"link set {ENDS[1]} up",
-    ):
-        done = subprocess.run(
-            [ip, *words.split()], capture_output=True, text=True, check=False, timeout=_LIMIT_S
-        )
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["no reason given"])[0]
-            raise Unavailable(f"ip {words} failed ({said}): use a kernel that has veth.")
+    _ip(ip, f"link add {ENDS[0]} type veth peer name {ENDS[1]}")
+    for end in ENDS:
+        _ip(ip, f"link set {end} up")
+    # The kernel lets an end send only some time after both are up: until then it drops every frame
+    # (net/core/link_watch.c), and tells nobody.
+    deadline = time.monotonic() + _LIMIT_S
+    while {one["operstate"] for one in json.loads(_ip(ip, "-json link show type veth"))} != {"UP"}:
+        if time.monotonic() > deadline:
+            raise Unavailable(
+                f"The veth pair was not up within {_LIMIT_S:g} s: the machine is overloaded."
+            )
+        time.sleep(0.005)
+
+
+def _ip(command: str, words: str) -> str:
+    done = subprocess.run(
+        [command, *words.split()], capture_output=True, text=True, check=False, timeout=_LIMIT_S
+    )
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no reason given"])[0]
+        raise Unavailable(f"ip {words} failed ({said}): use a kernel that has veth.")
+    return done.stdout
 
 
 def packet_socket(interface: str, protocol: int = _ALL_PROTOCOLS) -> socket.socket:
