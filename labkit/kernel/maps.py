@@ -797,7 +797,18 @@ def encode(items: Any, dtype: np.dtype[Any], what: str) -> npt.NDArray[Any]:
 
 
 def to_bytes(item: Any, dtype: np.dtype[Any], what: str) -> bytes:
-    """One item as `encode` packs it; a plain integer without an array, which takes longer."""
+    """Pack one item as `encode` does; a plain integer without an array, which takes longer.
+
+    Parameters
+    ----------
+    item, dtype, what
+        As for `encode`, but a single item.
+
+    Raises
+    ------
+    BadInput
+        As `encode`.
+    """
     if type(item) is int and dtype.kind in "iu" and dtype.isnative:
         low, high = _limits(dtype)
         if low <= item <= high:

@@ -55,6 +55,10 @@ def made(
                 [(way, t, rate, way == OURS) for way, rate in rates.items() for t in TURNS],
                 columns=["way", "repetition", "rate", "by_writer"],
             ),
+            "trials": pd.DataFrame(
+                [(OURS, 1, rate, rate, 500_000, 0) for rate in (5e5, 7.5e5)],
+                columns=["way", "repetition", "rate", "achieved", "operations", "dropped"],
+            ),
             "replica": pd.DataFrame(
                 [(way, t, 1_000_000, ns) for way, ns in took.items() for t in TURNS],
                 columns=["way", "repetition", "things", "ns"],
@@ -99,10 +103,11 @@ def test_each_bar_falls_short_by_itself(change: dict[str, float], named: str) ->
     assert not findings.judge(run).holds
 
 
-def test_counts_that_contradict_the_table_are_refused() -> None:
+@pytest.mark.parametrize(("variant", "named"), [("fixed", EVENTS), ("control", OURS)])
+def test_counts_that_contradict_the_tables_are_refused(variant: str, named: str) -> None:
     run = made()
-    run.counts.loc[run.counts["variant"] == "fixed", "anomalies"] = 1
-    with pytest.raises(BadRun, match="counts of events"):
+    run.counts.loc[run.counts["variant"] == variant, "anomalies"] = 1
+    with pytest.raises(BadRun, match=f"counts of {named}"):
         findings.judge(run)
 
 

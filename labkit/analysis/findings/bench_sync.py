@@ -66,7 +66,13 @@ def bench_sync(run: Run) -> Finding:
 
 
 def _check_counts(run: Run) -> None:
-    """Refuse a run whose counts are not those of its table."""
+    """Refuse a run whose counts are not those of its tables."""
+    trials = run.table("trials")
+    ours = trials[trials["way"] == OURS]
+    slowest = ours[ours["rate"] == ours["rate"].min()]
+    count = run.count("control", OURS)
+    if [count.operations, count.anomalies] != slowest[["operations", "dropped"]].sum().to_list():
+        raise BadRun(f"The counts of {OURS} are not those of the run's table trials.")
     path = run.table("path")
     for variant, name in (("broken", POLL), ("fixed", EVENTS)):
         rows = path[path["strategy"] == name]
