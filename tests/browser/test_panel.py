@@ -14,8 +14,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from labkit.comparisons.sync_benchmark import STRATEGIES
 from labkit.kernel import objects
+from labkit.live import CHOICES
 from tests.browser.chromium import CONTROL, SHIFT, Browser
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("kernel")]
@@ -194,7 +194,7 @@ def test_a_run_by_keyboard_and_nothing_left_when_the_kernel_is_killed(
 
     # Every control has a label, and Tab goes through them in order.
     passed = panel.tab_to("Stop")
-    order = [*STRATEGIES, *LABELS, "Run", "Stop"]
+    order = [*CHOICES, *LABELS, "Run", "Stop"]
     assert passed[-len(order) :] == order
 
     # What cannot be is one sentence, and starts nothing.
