@@ -876,8 +876,8 @@ def _all_limits(dtype: np.dtype[Any]) -> tuple[tuple[int, int], ...]:
 def _encode_struct(out: npt.NDArray[Any], item: Any, dtype: np.dtype[Any], what: str) -> None:
     assert dtype.names is not None and dtype.fields is not None
     limits = _all_limits(dtype)
-    if type(item) is tuple and len(item) == len(limits):
-        # The usual case, and worth the lines: what follows takes ten times as long.
+    if limits and type(item) is tuple and len(item) == len(limits):
+        # The usual case, and worth the lines: what follows takes several times as long.
         for number, (low, high) in zip(item, limits, strict=True):
             if type(number) is not int or not low <= number <= high:
                 break

@@ -287,8 +287,7 @@ def snapshot() -> Objects:
     anything else, between its last close and the kernel's own clearing of it a moment later,
     makes the kernel count one reference too many, and the empty array stays until the next boot:
     ``prog_array_map_clear`` (kernel/bpf/arraymap.c) takes a reference for a work item that may be
-    queued already. On 6.1, with that work held up by a real-time task, 20 of 20 stayed; of those
-    that nobody opened again, 0 of 20.
+    queued already.
 
     Returns
     -------

@@ -83,6 +83,7 @@ class Leaf(ctypes.Structure):
         ([b"123456789"], "V8", "9 bytes"),
         ([5], "V16", "raw bytes"),
         ([(1, 2, 3)], PADDED, "fields"),
+        ([()], NESTED, "fields"),
         ([{"a": 1}], PADDED, "fields"),
         ([7], PADDED, "tuple or a dict"),
         ([Leaf(1)], "u8", "ctypes"),
