@@ -17,6 +17,7 @@ import pandas as pd
 from labkit.analysis.claims import Shelf
 from labkit.analysis.findings import Check, Finding, judge
 from labkit.analysis.findings.lru_free_target import FIXED_RULE, SHARE_RULE, rule
+from labkit.analysis.findings.nested_update import OWN_RULE, SHARED_RULE, lock_rule, refusal
 from labkit.analysis.runs import RECORDED, VARIANTS, Run, natural
 from labkit.errors import BadInput
 
@@ -94,6 +95,14 @@ DIFFERENCES: Final = (
     Difference(
         "lru-free-target", "keys that a full LRU map evicts at once", "6.16", "d4adf1c9ee77",
         FIXED_RULE, SHARE_RULE, rule,
+    ),
+    Difference(
+        "nested-update", "the answer to an update inside another of its bucket", "6.15",
+        "4fa8d68aa53e", "EBUSY", "EDEADLK", refusal,
+    ),
+    Difference(
+        "nested-update", "what is locked while a bucket is changed, for the same CPU", "6.15",
+        "4fa8d68aa53e", SHARED_RULE, OWN_RULE, lock_rule,
     ),
 )  # fmt: skip
 """Changes of the kernel that an experiment of this lab shows."""

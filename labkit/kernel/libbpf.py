@@ -386,16 +386,16 @@ def checked(result: int, doing: str) -> int:
 
 
 def error_name(number: int) -> str:
-    """Name of a positive errno, with the kernel-internal ENOTSUPP known.
+    """Name of a positive errno as the kernel's sources write it, its internal ENOTSUPP too.
 
     Examples
     --------
-    >>> error_name(524)
-    'ENOTSUPP'
+    >>> error_name(524), error_name(errno.EDEADLK)
+    ('ENOTSUPP', 'EDEADLK')
     """
-    if number == ENOTSUPP:
-        return "ENOTSUPP"
-    return errno.errorcode.get(number, f"errno {number}")
+    # Python knows the number of EDEADLK by its other name.
+    kernels = {ENOTSUPP: "ENOTSUPP", errno.EDEADLK: "EDEADLK"}
+    return kernels.get(number) or errno.errorcode.get(number, f"errno {number}")
 
 
 def map_create(

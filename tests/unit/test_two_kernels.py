@@ -24,7 +24,7 @@ def pair() -> Pair:
 def copy(tmp_path: Path, pair: Pair) -> Path:
     """A folder with the runs that decide, to be changed."""
     folder = tmp_path / "runs"
-    for experiment in [*(one.experiment for one in DIFFERENCES), "errno-signal"]:
+    for experiment in {*(one.experiment for one in DIFFERENCES), "errno-signal"}:
         for run in pair.runs(experiment).values():
             runs.record(run, folder)
     return folder
@@ -38,9 +38,9 @@ def as_of(run: Run, kernel: str) -> Run:
 def test_the_recorded_kernels_do_what_their_age_says(pair: Pair) -> None:
     finding = pair.finding()
     assert finding.holds, finding
-    table = pair.differences().set_index("experiment")
+    table = pair.differences().set_index("what")
     for one in DIFFERENCES:
-        assert list(table.loc[one.experiment, list(KERNELS)]) == [one.before, one.after]
+        assert list(table.loc[one.what, list(KERNELS)]) == [one.before, one.after]
 
 
 def test_what_the_article_names_is_absent_in_both(pair: Pair) -> None:
