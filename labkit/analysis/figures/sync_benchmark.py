@@ -87,7 +87,7 @@ def cost(run: Run) -> Figure:
     figure, axes = pyplot.subplots(2, 2, figsize=(_WIDE, 5.2))
     _throughput(axes[0, 0], axes[1, 0], cells)
     _against_rate(axes[0, 1], cells, "follower_ns", 1e3)
-    axes[0, 1].set_ylabel("follower's CPU (s per million changes)")
+    axes[0, 1].set_ylabel("follower's CPU\n(s per million changes)")
     _wakeups(axes[1, 1], run)
     _legend(figure)
     return figure
