@@ -7,7 +7,7 @@ ENTER := provision/enter.sh
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report test lint lab bench-kernel bench-sync doctor list verdicts clean
+.PHONY: help setup report test lint lab bench-kernel bench-sync doctor list verdicts diagnose watch clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -46,6 +46,12 @@ list: setup ## every experiment, and whether this kernel can run it
 
 verdicts: setup ## every claim of the article, judged by the runs here; exit status 1 if one has changed
 	@$(ENTER) $(PYTHON) -m labkit verdicts
+
+diagnose: setup ## MAP=id, pin or name: why somebody may see old values of a map of yours
+	@$(ENTER) $(PYTHON) -m labkit diagnose "$(MAP)"
+
+watch: setup ## MAP=id, pin or name: show the changes of a map of yours as they are made
+	@$(ENTER) $(PYTHON) -m labkit watch "$(MAP)"
 
 # The VM with Debian's stock kernel (labkit/vm.py).
 .PHONY: vm-host vm-image vm-boot vm-ssh vm-test vm-report vm-clean vm-url vagrant-test

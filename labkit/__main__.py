@@ -1,17 +1,21 @@
 """The lab's commands: ``python -m labkit``. Each is a thin shell over a function.
 
-Exit status: 0 all is well; 1 a finding fails, a verdict changed, or a command could not do its
-work; 2 the command was misused, or this machine lacks what it needs; 130 after Ctrl-C.
+Exit status: 0 all is well; 1 a finding fails, a verdict changed, a diagnosis has a cause, or a
+command could not do its work; 2 the command was misused, or this machine lacks what it needs; 130
+after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -171,6 +175,50 @@ def _verdicts(chosen: argparse.Namespace) -> int:
     return int(bool(ledger.changes))
 
 
+def _diagnose(chosen: argparse.Namespace) -> int:
+    from labkit.diagnose import diagnose
+
+    found = diagnose(chosen.map)
+    if chosen.json:
+        print(json.dumps([one.as_json() for one in found], indent=1))
+    else:
+        print("\n\n".join(map(str, found)))
+    return int(any(one.has_cause for one in found))
+
+
+def _watch(chosen: argparse.Namespace) -> int:
+    from labkit.diagnose import map_ids
+    from labkit.kernel import objects
+    from labkit.kernel.maps import Map
+    from labkit.watch import Watch, in_words
+
+    found = map_ids(chosen.map, objects.snapshot())
+    if len(found) > 1:
+        raise BadInput(f"Maps {found} are all called {chosen.map}: name one by its id.")
+    ends = time.monotonic() + (chosen.seconds or math.inf)
+    with Map.from_id(found[0]) as table, Watch(table) as watch:
+        print(
+            f"Watching {table!r} by {watch.mechanism}; the hooks do not see {watch.blind}.",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        since_boot_s = time.time() - time.monotonic()
+        try:
+            while (left := ends - time.monotonic()) > 0:
+                for one in watch.look(min(left, 1.0)):
+                    moment = datetime.fromtimestamp(since_boot_s + one.at_ns / 1e9)
+                    value = "" if one.value is None else f" = {in_words(one.value)}"
+                    print(f"{moment:%H:%M:%S.%f}  {one.what:6}  {in_words(one.key)}{value}")
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            pass  # the way to end it
+        print(
+            f"{watch.seen:,} changes were told by hooks, {watch.dropped:,} were dropped on their "
+            f"way, and {watch.found:,} were found by reading.",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    return 0
+
+
 def _clean(chosen: argparse.Namespace) -> int:
     from labkit.analysis.runs import RECORDED
     from labkit.failures import parts
@@ -218,6 +266,13 @@ class _Line:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
 def _setting(text: str) -> tuple[str, Any]:
     """Split ``name=value``; the value is JSON, or else a word."""
     name, equals, value = text.partition("=")
@@ -243,8 +298,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m labkit",
         description="A laboratory for stale, lost and torn eBPF map data on the running kernel.",
-        epilog="Exit status: 0 all is well; 1 a finding fails, a verdict changed, or a command "
-        "could not do its work; 2 misused, or this machine lacks what is needed; 130 after Ctrl-C.",
+        epilog="Exit status: 0 all is well; 1 a finding fails, a verdict changed, a diagnosis has "
+        "a cause, or a command could not do its work; 2 misused, or this machine lacks what is "
+        "needed; 130 after Ctrl-C.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -291,6 +347,17 @@ def _parser() -> argparse.ArgumentParser:
         "--folder",
         help="folder of fresh runs, to be held against the recorded ones (default: runs)",
     )
+
+    diagnosis = add(
+        "diagnose", _diagnose,
+        "why somebody may see old values of a map of yours; 1: a cause was found",
+    )  # fmt: skip
+    diagnosis.add_argument("map", metavar="MAP", help="id, path of a pin, or name")
+    diagnosis.add_argument("--json", action="store_true", help="for scripts")
+
+    watch = add("watch", _watch, "show the changes of a map of yours as they are made, by anybody")
+    watch.add_argument("map", metavar="MAP", help="id, path of a pin, or name")
+    watch.add_argument("--seconds", type=_seconds, metavar="S", help="when to end; else by Ctrl-C")
 
     add("clean", _clean, "remove what a killed run left in the kernel")
     return parser

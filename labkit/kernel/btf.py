@@ -66,6 +66,30 @@ def dtype_of(btf_id: int, type_id: int) -> np.dtype[np.void] | None:
         return None
 
 
+def has_member_of(btf_id: int, type_id: int, struct_name: str) -> bool:
+    """Whether a struct has a member that is a struct of this name, such as ``bpf_spin_lock``.
+
+    Parameters
+    ----------
+    btf_id, type_id : int
+        As for `dtype_of`; False where either is 0.
+    struct_name : str
+        Of the member's type.
+    """
+    if not btf_id or not type_id:
+        return False
+    try:
+        types = _types(btf_id)
+    except OSError:
+        return False
+    while types[type_id].kind in _PASSED_THROUGH:
+        type_id = types[type_id].size
+    one = types[type_id]
+    return isinstance(one, _Struct) and any(
+        types[member].name == struct_name for _, member, _ in one.members
+    )
+
+
 @functools.cache
 def member_offset(struct_name: str, member: str) -> int:
     """Where a member stands in a struct of the running kernel.
