@@ -13,9 +13,8 @@ import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -187,35 +186,10 @@ def _diagnose(chosen: argparse.Namespace) -> int:
 
 
 def _watch(chosen: argparse.Namespace) -> int:
-    from labkit.diagnose import map_ids
-    from labkit.kernel import objects
-    from labkit.kernel.maps import Map
-    from labkit.watch import Watch, in_words
+    from labkit.watch import show
 
-    found = map_ids(chosen.map, objects.snapshot())
-    if len(found) > 1:
-        raise BadInput(f"Maps {found} are all called {chosen.map}: name one by its id.")
-    ends = time.monotonic() + (chosen.seconds or math.inf)
-    with Map.from_id(found[0]) as table, Watch(table) as watch:
-        print(
-            f"Watching {table!r} by {watch.mechanism}; the hooks do not see {watch.blind}.",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-        since_boot_s = time.time() - time.monotonic()
-        try:
-            while (left := ends - time.monotonic()) > 0:
-                for one in watch.look(min(left, 1.0)):
-                    moment = datetime.fromtimestamp(since_boot_s + one.at_ns / 1e9)
-                    value = "" if one.value is None else f" = {in_words(one.value)}"
-                    print(f"{moment:%H:%M:%S.%f}  {one.what:6}  {in_words(one.key)}{value}")
-                sys.stdout.flush()
-        except KeyboardInterrupt:
-            pass  # the way to end it
-        print(
-            f"{watch.seen:,} changes were told by hooks, {watch.dropped:,} were dropped on their "
-            f"way, and {watch.found:,} were found by reading.",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+    with suppress(KeyboardInterrupt):  # the way to end it
+        show(chosen.map, seconds=chosen.seconds)
     return 0
 
 
@@ -357,7 +331,8 @@ def _parser() -> argparse.ArgumentParser:
 
     watch = add("watch", _watch, "show the changes of a map of yours as they are made, by anybody")
     watch.add_argument("map", metavar="MAP", help="id, path of a pin, or name")
-    watch.add_argument("--seconds", type=_seconds, metavar="S", help="when to end; else by Ctrl-C")
+    watch.add_argument("--seconds", type=_seconds, default=math.inf, metavar="S",
+                       help="when to end; else by Ctrl-C")  # fmt: skip
 
     add("clean", _clean, "remove what a killed run left in the kernel")
     return parser

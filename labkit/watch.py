@@ -7,14 +7,18 @@ version in its values, and is never written to.
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from labkit.diagnose import map_ids
 from labkit.errors import BadInput
+from labkit.kernel import objects
 from labkit.kernel.closing import Closing
 from labkit.kernel.maps import OF_MAPS, PER_CPU, Map
 from labkit.kernel.ringbuf import RingReader
@@ -194,6 +198,50 @@ class Watch(Closing):
     def _read(self) -> dict[bytes, bytes]:
         snapshot = self._table.snapshot()
         return dict(zip(_each(snapshot.keys), _each(snapshot.values), strict=True))
+
+
+def show(which: str, *, seconds: float) -> None:
+    """Print the changes of a map as they are made, and in the end how many there were.
+
+    The changes go to standard output, a line each; what is said of them goes to standard error.
+
+    Parameters
+    ----------
+    which : str
+        Id, path of a pin, or name of the map.
+    seconds : float
+        After which it ends; infinite: when it is interrupted.
+
+    Raises
+    ------
+    BadInput
+        No map is meant, or several; or its type has no hook.
+    Unavailable
+        This kernel refuses the hooks; the sentence says which.
+    """
+    found = map_ids(which, objects.snapshot())
+    if len(found) > 1:
+        raise BadInput(f"Maps {found} are all called {which}: name one by its id.")
+    with Map.from_id(found[0]) as table, Watch(table) as watch:
+        _say(f"Watching {table!r} by {watch.mechanism}; the hooks do not see {watch.blind}.")
+        since_epoch_s = time.time() - time.monotonic()
+        ends = time.monotonic() + seconds
+        try:
+            while (left := ends - time.monotonic()) > 0:
+                for one in watch.look(min(left, 1.0)):
+                    moment = datetime.fromtimestamp(since_epoch_s + one.at_ns / 1e9)
+                    value = "" if one.value is None else f" = {in_words(one.value)}"
+                    print(f"{moment:%H:%M:%S.%f}  {one.what:6}  {in_words(one.key)}{value}")
+                sys.stdout.flush()
+        finally:
+            _say(
+                f"{watch.seen:,} changes were told by hooks, {watch.dropped:,} were dropped on "
+                f"their way, and {watch.found:,} were found by reading."
+            )
+
+
+def _say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
 
 
 def in_words(item: Any) -> str:
