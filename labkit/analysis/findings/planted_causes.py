@@ -11,9 +11,13 @@ def planted_causes(run: Run) -> Finding:
     """Every planted cause is named, alone; before it and after its repair there is none."""
     diagnoses = run.table("diagnoses")
     planted = diagnoses[diagnoses["variant"] == "broken"]
-    control, fixed = run.count("control"), run.count("fixed")
+    broken, control, fixed = (run.count(one) for one in ("broken", "control", "fixed"))
     right = planted["named"] == planted["cause"]
     checks = [
+        Check("a cause is named wherever one is planted",
+              broken.anomalies == broken.operations > 0, str(broken)),
+    ]  # fmt: skip
+    checks += [
         Check(
             f"named, and nothing else: {cause}",
             bool(right[planted["cause"] == cause].all()),
