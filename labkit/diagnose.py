@@ -247,12 +247,20 @@ def remarks(facts: Facts) -> Iterator[Remark]:
 
 
 def _of_its_name(facts: Facts) -> Iterator[Remark]:
-    """Another map of the same name: the program of an earlier load uses that one."""
+    """Another map of the same name and shape: the program of an earlier load may use that one.
+
+    Where both are in use, and by live processes that have nothing to do with each other, there are
+    rather two control planes of one kind.
+    """
     one = facts.map
+
+    def shape(of: MapObject) -> tuple[object, ...]:
+        return of.name, of.kind, of.key_size, of.value_size
+
     twins = [
         other
         for other in facts.objects.maps.values()
-        if other.name == one.name != "" and other.id != one.id and other.kind == one.kind
+        if one.name and other.id != one.id and shape(other) == shape(one)
     ]
     mine = facts.users(one.id)
     for twin in twins:
@@ -267,6 +275,14 @@ def _of_its_name(facts: Facts) -> Iterator[Remark]:
                 "reads what is written here.",
                 f"Write to map {twin.id}, or replace its programs by those of this load. "
                 + same_path,
+                "second-map-after-reload",
+            )
+        elif theirs and twin.pids and not set(twin.pids) & set(one.pids):
+            yield Remark(
+                "risk",
+                f"{head}, {_listed(held)} hold{'s' if len(held) == 1 else ''} it, and "
+                f"{_programs(theirs)} it: who opens a map by its name may have the wrong one.",
+                "Open it by pin or id.",
                 "second-map-after-reload",
             )
         elif theirs:

@@ -63,13 +63,22 @@ def test_the_program_reads_another_map_of_that_name(mine: tuple[int, ...]) -> No
     assert "The older map 1 is called policy too, and program 7 filter uses it" in cause.says
 
 
+def test_another_process_with_a_map_of_that_name_is_but_a_risk() -> None:
+    users = (program(7, 1), program(8, 2))
+    apart = facts(made(2, pids=(45,)), made(1, pids=(44,)), programs=users)
+    assert said(apart) == {"second-map-after-reload": "risk"}
+    shared = facts(made(2, pids=(44, 45)), made(1, pids=(44,)), programs=users)
+    assert said(shared) == {"second-map-after-reload": "cause"}
+
+
 def test_somebody_holds_an_old_map_that_no_program_reads() -> None:
     old = made(1, pids=(44,))
     assert said(facts(made(2), old, programs=(program(7, 2),))) == {"cached-handle": "cause"}
 
 
-def test_another_kind_of_map_with_that_name_is_none_of_its_twins() -> None:
-    other = made(2, kind="ringbuf", pids=(44,))
+@pytest.mark.parametrize("changes", [{"kind": "ringbuf"}, {"key_size": 8}, {"value_size": 4}])
+def test_another_shape_of_map_with_that_name_is_no_twin(changes: dict[str, Any]) -> None:
+    other = made(2, pids=(44,), **changes)
     assert said(facts(made(1), other, programs=(program(7, 1),))) == {}
 
 
