@@ -241,9 +241,12 @@ class _Line:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"give seconds, more than 0 and finite, not {text!r}")
     return value
 
 

@@ -96,23 +96,6 @@ class Facts:
             one for one in self.objects.programs.values() if not reached.isdisjoint(one.map_ids)
         ]
 
-    def attached(self, program_id: int) -> list[str]:
-        """Where a program is attached, as far as links and perf events tell."""
-        links = self.objects.links.values()
-        found = [f"{one.kind} {one.target}" for one in links if one.program_id == program_id]
-        found += [
-            f"{one.kind} {one.target}"
-            for one in self.objects.perf_attachments
-            if one.program_id == program_id
-        ]
-        return [words.strip() for words in found]
-
-    def holders(self, map_id: int) -> list[str]:
-        """Processes with a descriptor of a map, and its pins."""
-        one = self.objects.maps[map_id]
-        names = [f"{self.objects.processes.get(pid, '?')}[{pid}]" for pid in one.pids]
-        return [*names, *one.pins]
-
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -141,11 +124,11 @@ class Diagnosis:
                     "id": user.id,
                     "name": user.name,
                     "kind": user.kind,
-                    "attached": self.facts.attached(user.id),
+                    "attached": self.facts.objects.attached(user.id),
                 }
                 for user in self.facts.users(one.id)
             ],
-            "held_by": self.facts.holders(one.id),
+            "held_by": self.facts.objects.holders(one),
             "remarks": [asdict(remark) for remark in self.remarks],
         }
 
@@ -264,7 +247,7 @@ def _of_its_name(facts: Facts) -> Iterator[Remark]:
     ]
     mine = facts.users(one.id)
     for twin in twins:
-        theirs, held = facts.users(twin.id), facts.holders(twin.id)
+        theirs, held = facts.users(twin.id), facts.objects.holders(twin)
         age = "older" if twin.id < one.id else "newer"
         head = f"The {age} map {twin.id} is called {twin.name} too"
         same_path = "Pin the map and let every load use that pin again, and open it by pin or id."
@@ -507,11 +490,11 @@ def _heading(facts: Facts) -> list[str]:
     lines = [
         f"map {one.id} {one.name or '(no name)'}: {one.kind}, key {one.key_size} B, "
         f"value {one.value_size} B, {room}, {one.memlock_bytes:,} B of memory",
-        f"  held by  {', '.join(facts.holders(one.id)) or 'no process and no pin in sight'}",
+        f"  held by  {', '.join(facts.objects.holders(one)) or 'no process and no pin in sight'}",
     ]
     users = facts.users(one.id)
     for user in users:
-        where = ", ".join(facts.attached(user.id))
+        where = ", ".join(facts.objects.attached(user.id))
         lines.append(
             f"  used by  program {user.id} {user.name} ({user.kind}), "
             + (f"attached: {where}" if where else "no link or perf event holds it")

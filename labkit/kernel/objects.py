@@ -227,6 +227,17 @@ class Objects:
         held = self._reached(lambda one: bool(one.pids or one.pins))
         return self._without(held)
 
+    def holders(self, one: _AnyObject) -> list[str]:
+        """Processes with a descriptor of an object, as ``name[pid]``, and its pins."""
+        return [*(f"{self.processes.get(pid, '?')}[{pid}]" for pid in one.pids), *one.pins]
+
+    def attached(self, program_id: int) -> tuple[str, ...]:
+        """Where a program runs, as far as links and perf events tell."""
+        at: list[LinkObject | PerfAttachment] = [*self.links.values(), *self.perf_attachments]
+        return tuple(
+            f"{one.kind} {one.target}".strip() for one in at if one.program_id == program_id
+        )
+
     def _reached(self, begins: Callable[[_AnyObject], bool]) -> Objects:
         links = {i for i, link in self.links.items() if begins(link)}
         programs = {i for i, program in self.programs.items() if begins(program)}
@@ -272,8 +283,7 @@ class Objects:
         for one in self._each():
             what = type(one).__name__.removesuffix("Object").lower()
             label = one.target if isinstance(one, LinkObject) else one.name
-            holders = [f"{self.processes.get(pid, '?')}[{pid}]" for pid in one.pids]
-            held = ", ".join([*holders, *one.pins]) or (
+            held = ", ".join(self.holders(one)) or (
                 "no holder in sight" if one in orphans else "held through another object"
             )
             lines.append(f"{what} {one.id} {label} ({one.kind}): {held}")
@@ -397,13 +407,8 @@ def programs_table(objects: Objects) -> pd.DataFrame:
         map_ids, pids, pins (as in :class:`ProgramObject`), attached (what it runs at, as far
         as links and perf events tell) and processes (names of its holders).
     """
-    where: dict[int, list[str]] = {}
-    for link in objects.links.values():
-        where.setdefault(link.program_id, []).append(f"{link.kind} {link.target}".strip())
-    for perf in objects.perf_attachments:
-        where.setdefault(perf.program_id, []).append(f"{perf.kind} {perf.target}".strip())
     table = _table(ProgramObject, objects.programs, objects)
-    attached = [tuple(where.get(i, ())) for i in objects.programs]
+    attached = [objects.attached(i) for i in objects.programs]
     table.insert(len(table.columns) - 1, "attached", attached)
     return table
 

@@ -162,7 +162,7 @@ def test_causes_come_first_and_the_text_says_who_uses_it() -> None:
     assert "held by  agent[44]" in text
     assert "program 7 filter (xdp), attached: xdp ifindex=2" in text
     told = diagnosis.as_json()
-    assert told["used_by"][0]["attached"] == ["xdp ifindex=2"]
+    assert list(told["used_by"][0]["attached"]) == ["xdp ifindex=2"]
     assert Remark(**told["remarks"][0]).weight == "cause"
     assert max(map(len, text.splitlines())) <= 100
 

@@ -14,11 +14,15 @@ from labkit.errors import BadInput, Unavailable
 from labkit.failures.experiment import Tables, experiment, say
 from labkit.kernel import libbpf, probe, programs
 from labkit.kernel.libbpf import MapFlag, ProgramKind
-from labkit.kernel.programs import Function, Unit
+from labkit.kernel.programs import Function, LoadFailed, Unit
 
 _BUCKETS = 1024  # and elements that have room
 _AT_ONCE = 400  # insertions, after which the maps are emptied; the rest is the tracer's room
 _TRACER_KEYS_FROM = 1 << 31
+_NO_TRACER = (
+    "No tracer is called inside of an insertion here: that needs fentry, or a CPU that interrupts "
+    "itself by its x2APIC. Use the virtual machine: vagrant up."
+)
 
 
 @dataclass(frozen=True)
@@ -104,10 +108,7 @@ def nested_update(*, insertions: int, rounds: int) -> Tables:
                     answers[way.case, number] = answers.get((way.case, number), 0) + times
     found = pd.DataFrame(calls)
     if not found["calls"].sum():
-        raise Unavailable(
-            "No tracer is called inside of an insertion here: that needs fentry, or a CPU that "
-            "interrupts itself by its x2APIC. Use the virtual machine: vagrant up."
-        )
+        raise Unavailable(_NO_TRACER)
     triad = Triad("addition lost")
     for way in _WAYS:
         mine = found[found["case"] == way.case]
@@ -156,7 +157,10 @@ class _Bench:
         """Insert under a tracer: what became of its calls, and how often it got which errno."""
         total = dict.fromkeys(("calls", "applied", "refused", "ns"), 0)
         answered = np.zeros(self._answers.max_entries, np.int64)
-        held = self._unit.attach(self._tracer(tracer), "write_msr" if self._by_msr else None)
+        try:
+            held = self._unit.attach(self._tracer(tracer), "write_msr" if self._by_msr else None)
+        except LoadFailed as error:
+            raise Unavailable(f"{_NO_TRACER} The kernel says: {error}") from error
         try:
             for _ in range(-(-insertions // _AT_ONCE)):
                 self._empty()
