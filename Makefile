@@ -6,8 +6,13 @@ PYTEST_ARGS ?=
 ENTER := provision/enter.sh
 PYTHON := .venv/bin/python
 
+# What a user gives reaches the commands by the environment, as it stands: neither make nor a shell
+# expands it on the way.
+$(foreach name,PROFILE MAP COMMAND LAB_PORT,$(if $(filter undefined,$(origin $(name))),,\
+	$(eval export override $(name) := $$(value $(name)))))
+
 .DEFAULT_GOAL := help
-.PHONY: help setup report test lint lab bench-kernel bench-sync doctor list verdicts diagnose watch clean
+.PHONY: help setup report test lint lab bench-kernel bench-sync doctor list verdicts mutation soak diagnose watch clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -16,14 +21,14 @@ setup: ## install what is missing: Debian packages, headers, the Python environm
 	@provision/setup.sh
 
 report: setup ## run every notebook on this kernel, write reports/index.html (PROFILE=quick or full)
-	@$(ENTER) $(PYTHON) -m labkit report --profile $(PROFILE)
+	@$(ENTER) $(PYTHON) -m labkit report --profile "$$PROFILE"
 
 test: setup ## every check and every test (PYTEST_ARGS=... for pytest); installs Chromium, QEMU and Vagrant for it
 	@provision/browser-packages.sh
 	@provision/vm-packages.sh vagrant vagrant-libvirt || \
 	echo "lab: so the tests of what may go wrong with the VM are skipped" >&2
 	@checks=0; provision/lint.sh || checks=1; \
-	$(ENTER) $(PYTHON) -m pytest $(PYTEST_ARGS) || exit $$?; \
+	provision/test.sh $(PYTEST_ARGS) || exit $$?; \
 	if [ $$checks != 0 ]; then echo "lab: the tests pass, but checks above failed" >&2; exit 1; fi
 
 lint: setup ## the checks alone: ruff, mypy, import rules, workflow, notebooks
@@ -33,10 +38,10 @@ lab: setup ## JupyterLab on 127.0.0.1, with a new token
 	@provision/lab.sh
 
 bench-kernel: setup ## the kernel room's figures against their bars; exit status 0 if all hold
-	@$(ENTER) $(PYTHON) -m labkit.bench_kernel --profile $(PROFILE)
+	@$(ENTER) $(PYTHON) -m labkit bench kernel --profile "$$PROFILE"
 
 bench-sync: setup ## the strategies' own speed against its bars; exit status 0 if all hold
-	@$(ENTER) $(PYTHON) -m labkit.bench_sync --profile $(PROFILE)
+	@$(ENTER) $(PYTHON) -m labkit bench sync --profile "$$PROFILE"
 
 doctor: setup ## what this kernel can do, by trying
 	@$(ENTER) $(PYTHON) -m labkit doctor
@@ -47,13 +52,19 @@ list: setup ## every experiment, and whether this kernel can run it
 verdicts: setup ## every claim of the article, judged by the runs here; exit status 1 if one has changed
 	@$(ENTER) $(PYTHON) -m labkit verdicts
 
+mutation: setup ## spoil the recorded runs: every statement must turn; exit status 0 if all do
+	@$(PYTHON) -m labkit mutation
+
+soak: setup ## the quick experiments again and again, quiet and under load; may be stopped and continued
+	@$(ENTER) $(PYTHON) -m labkit soak
+
 diagnose: setup ## MAP=id, pin or name: why somebody may see old values of a map of yours
-	@$(ENTER) $(PYTHON) -m labkit diagnose "$(MAP)"
+	@$(ENTER) $(PYTHON) -m labkit diagnose "$$MAP"
 
 watch: setup ## MAP=id, pin or name: show the changes of a map of yours as they are made
-	@$(ENTER) $(PYTHON) -m labkit watch "$(MAP)"
+	@$(ENTER) $(PYTHON) -m labkit watch "$$MAP"
 
-# The VM with Debian's stock kernel (labkit/vm.py).
+# The VM with Debian's stock kernel (provision/vm.py).
 .PHONY: vm-host vm-image vm-boot vm-ssh vm-test vm-report vm-clean vm-url vagrant-test
 
 vm-host: setup
@@ -63,22 +74,22 @@ vm-image: vm-host ## build the VM image: Debian 12 with its own kernel, and the 
 	@provision/vm-image.sh
 
 vm-boot: vm-host ## boot the VM, and keep it until Ctrl-C
-	@$(PYTHON) -m labkit.vm boot
+	@$(PYTHON) -m provision.vm boot
 
 vm-ssh: vm-host ## a shell, or COMMAND=..., in the VM; boots one for it where none runs
-	@$(PYTHON) -m labkit.vm ssh $(if $(COMMAND),'$(subst ','\'',$(COMMAND))')
+	@$(PYTHON) -m provision.vm ssh $${COMMAND:+"$$COMMAND"}
 
 vm-test: vm-host ## the kernel's tests in the VM, and the experiments that need its hooks
-	@$(PYTHON) -m labkit.vm test
+	@$(PYTHON) -m provision.vm test
 
 vm-report: vm-host ## the report in the VM, as .lab/vm/results/report (PROFILE=quick or full)
-	@$(PYTHON) -m labkit.vm report --profile $(PROFILE)
+	@$(PYTHON) -m provision.vm report --profile "$$PROFILE"
 
 vm-clean: setup ## remove the VM's image and results
-	@$(PYTHON) -m labkit.vm clean
+	@$(PYTHON) -m provision.vm clean
 
 vm-url: ## the address of JupyterLab in the VM that vagrant up made
-	@vagrant ssh -c 'LAB_PORT=$(LAB_PORT) /vagrant/provision/lab-service.sh --url' -- -q
+	@vagrant ssh -c "LAB_PORT=$$(printf %q "$$LAB_PORT") /vagrant/provision/lab-service.sh --url" -- -q
 
 vagrant-test: setup ## vagrant up with libvirt, to a notebook's finding through the forwarded port
 	@provision/vagrant-test.sh

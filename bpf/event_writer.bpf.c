@@ -25,7 +25,7 @@ struct locked_value {
 
 #include "change_event.h"
 
-// labkit.sync.event_writer.OPERATION is the same layout.
+// labkit.load.event_writer.OPERATION is the same layout.
 struct operation {
 	u64 key;
 	u64 version;
@@ -38,7 +38,7 @@ struct operation {
 	u32 dropped;   // WATCHED: changes of this program and CPU that found no room by then
 };
 
-// labkit.sync.event_writer.CONTROL is the same layout.
+// labkit.load.event_writer.CONTROL is the same layout.
 struct control {
 	u64 done;            // operations so far, all rounds together
 	u64 limit;           // stop there

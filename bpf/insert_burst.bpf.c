@@ -49,7 +49,7 @@ static inline int burst(void)
 int on_switch(void *ctx)
 {
 	// Two CPUs may switch at once; only the owner's thread counts, so the counters need no lock.
-	if ((u32)bpf_get_current_pid_tgid() != OWNER)
+	if ((u32)bpf_get_current_pid_tgid() != OWNER_ID)
 		return 0;
 	return burst();
 }

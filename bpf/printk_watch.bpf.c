@@ -33,7 +33,7 @@ static inline int update_and_print(bool one_key, bool overwrite, bool print_chan
 		seen->exists++;
 	if (answer && print_changes_alone)
 		return 0;
-	if (bpf_trace_printk("MAP_UPD %d %d", OWNER, value) > 0)
+	if (bpf_trace_printk("MAP_UPD %d %d", OWNER_ID, value) > 0)
 		seen->printed++;
 	return 0;
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* One event of the ring buffer benchmark; labkit.bench_kernel.EVENT is the same layout. */
+/* One event of the ring buffer benchmark; labkit.lab.bench_kernel.EVENT is the same layout. */
 #ifndef RING_EVENT_H
 #define RING_EVENT_H
 

@@ -17,7 +17,7 @@
 
 #define SECOND_NS 1000000000ULL
 
-// labkit.sync.steady_writer.CONTROL is the same layout.
+// labkit.load.steady_writer.CONTROL is the same layout.
 struct control {
 	u64 done;        // changes since start_ns
 	u64 limit;       // stop there

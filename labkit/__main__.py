@@ -1,8 +1,6 @@
 """The lab's commands: ``python -m labkit``. Each is a thin shell over a function.
 
-Exit status: 0 all is well; 1 a finding fails, a verdict changed, a diagnosis has a cause, or a
-command could not do its work; 2 the command was misused, or this machine lacks what it needs; 130
-after Ctrl-C.
+The exit status tells what kind of end it was: see `EXIT`.
 """
 
 from __future__ import annotations
@@ -14,17 +12,24 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from labkit.errors import BadInput, LabError, Unavailable
+from labkit.errors import BadInput, LabError
 
 # What takes long to import is imported by the command that needs it.
 
 REPORTS = Path(__file__).resolve().parents[1] / "reports"
 """Where the report goes unless the caller says otherwise."""
+
+EXIT = (
+    "Exit status: 0 all is well; 1 a finding fails, a bar falls short or a verdict changed; 2 the "
+    "command was misused; 3 this machine lacks what it needs; 4 it could not do its work (the "
+    "kernel refused, the disk is full, time was up); 5 a diagnosis has a cause; 70 an error of the "
+    "lab itself; 130 after Ctrl-C."
+)
+CAUSE_FOUND, OWN_ERROR = 5, 70
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -57,6 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if os.environ.get("LABKIT_TRACEBACK"):
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        tell = f"This is an error of the lab itself ({what}). LABKIT_TRACEBACK=1 shows where."
+        print(tell, file=sys.stderr, flush=True)
+        return OWN_ERROR
 
 
 def _doctor(chosen: argparse.Namespace) -> int:
@@ -68,7 +80,8 @@ def _doctor(chosen: argparse.Namespace) -> int:
 
 
 def _list(chosen: argparse.Namespace) -> int:
-    from labkit.failures.experiment import FAMILIES, catalogue
+    from labkit.lab.catalogue import catalogue
+    from labkit.lab.experiment import FAMILIES
 
     entries = [_entry(experiment) for experiment in catalogue().values()]
     if chosen.json:
@@ -90,9 +103,10 @@ def _list(chosen: argparse.Namespace) -> int:
 
 def _entry(experiment: Any) -> dict[str, Any]:
     """What `list` tells of one experiment."""
-    from labkit.analysis.runs import RECORDED
+    from labkit.lab.driver import missing as missing_features
+    from labkit.runs import RECORDED
 
-    missing = experiment.missing()
+    missing = missing_features(experiment)
     return {
         "id": experiment.id,
         "number": experiment.number,
@@ -111,8 +125,8 @@ def _entry(experiment: Any) -> dict[str, Any]:
 
 
 def _run(chosen: argparse.Namespace) -> int:
-    from labkit.failures.experiment import catalogue, find
-    from labkit.measure import RUNS
+    from labkit.lab.catalogue import catalogue, find
+    from labkit.lab.measure import RUNS
 
     changed = dict(map(_setting, chosen.set))
     wanted = list(catalogue()) if "all" in chosen.experiment else chosen.experiment
@@ -124,9 +138,10 @@ def _run(chosen: argparse.Namespace) -> int:
 
 def _run_one(id: str, chosen: argparse.Namespace, changed: dict[str, Any], folder: Path) -> int:
     """Measure, judge and show one experiment; its exit status."""
-    from labkit.analysis import runs
-    from labkit.analysis.findings import judge
-    from labkit.measure import measure
+    from labkit import runs
+    from labkit.judge.findings import FAILS
+    from labkit.lab.catalogue import judge
+    from labkit.lab.measure import measure
 
     line = _Line()
     try:
@@ -148,23 +163,24 @@ def _run_one(id: str, chosen: argparse.Namespace, changed: dict[str, Any], folde
         if chosen.record and finding.holds:
             print(f"recorded as {runs.record(run)}", flush=True)
         elif chosen.record:
-            print("not recorded: the finding fails", file=sys.stderr)
-        return 0 if finding.holds else 1
+            state = "fails" if finding.state == FAILS else "is undecided"
+            print(f"not recorded: the finding {state}", file=sys.stderr)
+        return int(finding.state == FAILS)
     except LabError as error:
         line.clear()
         return _complain(error, id)
 
 
 def _report(chosen: argparse.Namespace) -> int:
-    from labkit.report import make_report
+    from labkit.lab.report import make_report
 
     line = _Line()
-    return make_report(chosen.profile, Path(chosen.folder), say=line.show, done=line.keep)
+    return make_report(chosen.profile, Path(chosen.to), say=line.show, done=line.keep)
 
 
 def _verdicts(chosen: argparse.Namespace) -> int:
-    from labkit import verdicts
-    from labkit.measure import RUNS
+    from labkit.lab import verdicts
+    from labkit.lab.measure import RUNS
 
     ledger = verdicts.evaluate(Path(chosen.folder) if chosen.folder else RUNS)
     if chosen.json:
@@ -174,31 +190,74 @@ def _verdicts(chosen: argparse.Namespace) -> int:
     return int(bool(ledger.changes))
 
 
+def _mutation(chosen: argparse.Namespace) -> int:
+    from labkit.lab import mutation
+
+    planted = mutation.over_recorded_runs()
+    print(mutation.as_text(planted))
+    return int(any(one.survivors or one.never_held for one in planted))
+
+
+def _soak(chosen: argparse.Namespace) -> int:
+    from labkit import runs
+    from labkit.lab import soak
+    from labkit.lab.catalogue import catalogue, find
+    from labkit.lab.measure import RUNS, check_writable
+
+    for id in chosen.experiment:
+        find(id)
+    folder = Path(chosen.folder) if chosen.folder else RUNS
+    check_writable(folder)
+    run = soak.soak(
+        chosen.experiment or list(catalogue()),
+        folder,
+        times=chosen.times,
+        times_by_times=chosen.times_by_times,
+    )
+    print(soak.as_text(run))
+    print(f"saved as {runs.save(run, folder)}")
+    return int((run.table("decisions")["came_to"] == soak.WRONG).any())
+
+
+def _bench(chosen: argparse.Namespace) -> int:
+    from labkit import runs
+    from labkit.lab import bench
+    from labkit.lab.measure import RUNS
+
+    folder = Path(chosen.folder) if chosen.folder else RUNS
+    run, results, finding = bench.run(chosen.benchmark, chosen.profile, folder)
+    print(*results, f"saved as {run.path}", sep="\n")
+    if chosen.record and finding.holds:
+        print(f"recorded as {runs.record(run)}")
+    elif chosen.record:
+        print("not recorded: a bar falls short", file=sys.stderr)
+    return int(not finding.holds)
+
+
 def _diagnose(chosen: argparse.Namespace) -> int:
-    from labkit.diagnose import diagnose
+    from labkit.inspect.diagnose import diagnose
 
     found = diagnose(chosen.map)
     if chosen.json:
         print(json.dumps([one.as_json() for one in found], indent=1))
     else:
         print("\n\n".join(map(str, found)))
-    return int(any(one.has_cause for one in found))
+    return CAUSE_FOUND if any(one.has_cause for one in found) else 0
 
 
 def _watch(chosen: argparse.Namespace) -> int:
-    from labkit.watch import show
+    from labkit.inspect.watch import show
 
-    with suppress(KeyboardInterrupt):  # the way to end it
-        show(chosen.map, seconds=chosen.seconds)
+    show(chosen.map, seconds=chosen.seconds)
     return 0
 
 
 def _clean(chosen: argparse.Namespace) -> int:
-    from labkit.analysis.runs import RECORDED
-    from labkit.failures import parts
     from labkit.kernel import leftovers
-    from labkit.measure import RUNS
-    from labkit.report import sweep
+    from labkit.lab import parts
+    from labkit.lab.measure import RUNS
+    from labkit.lab.report import sweep
+    from labkit.runs import RECORDED
 
     removed = leftovers.clean(print, [RUNS, RECORDED]) + parts.forget_all(RUNS, print)
     if unfinished := sweep(REPORTS):
@@ -223,9 +282,11 @@ class _Line:
             print(words, file=sys.stderr, flush=True)
 
     def tell(self, words: str) -> None:
-        """Keep a sentence, show other words."""
-        if words.endswith("."):
-            self.keep(words)
+        """Keep what is marked so, show other words."""
+        from labkit.lab.progress import KEPT
+
+        if KEPT in words:
+            self.keep(words.replace(KEPT, ""))
         else:
             self.show(words)
 
@@ -263,7 +324,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 def _complain(error: LabError, about: str = "") -> int:
     print(f"{about}: {error}" if about else str(error), file=sys.stderr, flush=True)
-    return 2 if isinstance(error, BadInput | Unavailable) else 1
+    return error.status
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
@@ -275,9 +336,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m labkit",
         description="A laboratory for stale, lost and torn eBPF map data on the running kernel.",
-        epilog="Exit status: 0 all is well; 1 a finding fails, a verdict changed, a diagnosis has "
-        "a cause, or a command could not do its work; 2 misused, or this machine lacks what is "
-        "needed; 130 after Ctrl-C.",
+        epilog=EXIT,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -285,6 +344,14 @@ def _parser() -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=help, description=help)
         one.set_defaults(command=command)
         return one
+
+    def shared(one: argparse.ArgumentParser) -> None:
+        """What measures takes these."""
+        one.add_argument("--profile", default="quick", choices=("quick", "full"))
+        one.add_argument("--folder", help="folder of runs (default: runs of the checkout)")
+        one.add_argument(
+            "--record", action="store_true", help="keep the run in data/runs as this kernel's"
+        )
 
     doctor = add("doctor", _doctor, "what this kernel can do, found out by trying")
     doctor.add_argument("--json", action="store_true", help="for scripts")
@@ -294,7 +361,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = add("run", _run, "measure experiments, save the runs, and say what they show")
     run.add_argument("experiment", nargs="+", metavar="EXPERIMENT", help="id, or all")
-    run.add_argument("--profile", default="quick", choices=("quick", "full"))
+    shared(run)
     run.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="a parameter that differs from the profile's; the value is JSON",
@@ -305,16 +372,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="seconds until an experiment is stopped; ten times as many where the CPU is emulated",
     )
-    run.add_argument("--folder", help="folder of runs (default: runs of the checkout)")
-    run.add_argument(
-        "--record", action="store_true", help="keep the run in data/runs as this kernel's"
-    )
 
     report = add("report", _report, "run every notebook, and write reports/index.html")
     report.add_argument("--profile", default="quick", choices=("quick", "full"))
-    report.add_argument(
-        "--folder", default=REPORTS, help="folder of the report, replaced as a whole"
-    )
+    report.add_argument("--to", default=REPORTS, help="folder of the report, replaced as a whole")
 
     verdicts = add(
         "verdicts", _verdicts, "every claim of the article, judged by the runs; 1: one has changed"
@@ -325,9 +386,23 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of fresh runs, to be held against the recorded ones (default: runs)",
     )
 
+    add("mutation", _mutation, "spoil recorded runs; 1: a statement does not mind")
+
+    soak = add("soak", _soak, "run the quick experiments again and again, quiet and under load")
+    soak.add_argument("experiment", nargs="*", metavar="EXPERIMENT", help="id; by default all")
+    soak.add_argument("--times", type=int, default=3, metavar="N",
+                      help="measurements in each condition (3)")  # fmt: skip
+    soak.add_argument("--times-by-times", type=int, default=20, metavar="N",
+                      help="the same where times or rates decide (20)")  # fmt: skip
+    soak.add_argument("--folder", help="folder of runs (default: runs of the checkout)")
+
+    bench = add("bench", _bench, "the lab's own speed against its bars; 1: one falls short")
+    bench.add_argument("benchmark", choices=("kernel", "sync"))
+    shared(bench)
+
     diagnosis = add(
         "diagnose", _diagnose,
-        "why somebody may see old values of a map of yours; 1: a cause was found",
+        "why somebody may see old values of a map of yours; 5: a cause was found",
     )  # fmt: skip
     diagnosis.add_argument("map", metavar="MAP", help="id, path of a pin, or name")
     diagnosis.add_argument("--json", action="store_true", help="for scripts")

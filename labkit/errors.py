@@ -1,10 +1,15 @@
-"""The lab's errors: each says in one sentence what was wrong and what to do."""
+"""The lab's errors: each says in one sentence what was wrong and what to do.
+
+Each kind has the exit status of a command that ends with it.
+"""
 
 from __future__ import annotations
 
 
 class LabError(Exception):
     """Base of everything that the lab reports to its user without a traceback."""
+
+    status = 4
 
     def _render_traceback_(self) -> list[str]:
         # IPython shows this in place of a traceback.
@@ -14,9 +19,13 @@ class LabError(Exception):
 class BadInput(LabError, ValueError):
     """An argument was refused before anything touched the kernel."""
 
+    status = 2
+
 
 class Unavailable(LabError):
     """This machine or kernel lacks something; the sentence says what, and how to get it."""
+
+    status = 3
 
 
 class TimedOut(LabError, TimeoutError):

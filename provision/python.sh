@@ -34,15 +34,17 @@ find_python() {
     return 1
 }
 
-# What makes an environment stale when it changes: the place, the interpreter, the pins.
+# What makes an environment stale when it changes: the place, the interpreter, the pins, and the
+# packages of this checkout that it finds.
 wanted() {
     printf '%s\n' "$LAB_ROOT"
     "$1" -I -c '
 import sys, tomllib
 with open(sys.argv[1], "rb") as file:
-    project = tomllib.load(file)["project"]
+    content = tomllib.load(file)
+project, packages = content["project"], content["tool"]["setuptools"]["packages"]["find"]["include"]
 pins = project["dependencies"] + [p for extra in project["optional-dependencies"].values() for p in extra]
-print(sys.version.split()[0], *pins, sep="\n")' "$LAB_ROOT/pyproject.toml"
+print(sys.version.split()[0], *pins, *packages, sep="\n")' "$LAB_ROOT/pyproject.toml"
 }
 
 install_environment() {

@@ -10,8 +10,8 @@ cd "$LAB_ROOT"
 provision/vm-packages.sh vagrant vagrant-libvirt libvirt-daemon-system libvirt-clients dnsmasq-base \
     iptables qemu-utils
 image=$(provision/vm-image.sh)
-LAB_VM_ACCEL=$(.venv/bin/python -m labkit.vm accelerator)
-LAB_PORT=$(.venv/bin/python -c 'from labkit import vm; print(vm.free_port())')
+LAB_VM_ACCEL=$(.venv/bin/python -m provision.vm accelerator)
+LAB_PORT=$(.venv/bin/python -c 'from provision import vm; print(vm.free_port())')
 work=$(mktemp -d "$LAB_STATE/vagrant.XXXXXX")
 # Its own boxes and state: nobody's other machines are touched.
 export LAB_VM_ACCEL LAB_PORT LAB_VM_BOX=map-freshness-lab-test

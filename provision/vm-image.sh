@@ -89,7 +89,7 @@ customize() {
     local root=$1 wheels=$2 name
     mkdir -p "$root/vagrant/labkit" "$root/wheels"
     cd "$LAB_ROOT"
-    cp -r --parents "${sources[@]}" pyproject.toml README.md labkit/__init__.py "$root/vagrant/"
+    cp -r --parents "${sources[@]}" pyproject.toml README.md labkit/__init__.py experiments/__init__.py "$root/vagrant/"
     cp "$wheels"/* "$root/wheels/"
     chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 \
         PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore \

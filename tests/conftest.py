@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
+import signal
 import sys
 import time
 from collections import Counter
@@ -32,6 +32,8 @@ Ids = frozenset[tuple[str, int]]
 def pytest_configure() -> None:
     if STATE not in ("", "0", "1"):
         raise pytest.UsageError(f"LABKIT_KERNEL_TESTS must be unset, 0 or 1, not {STATE!r}.")
+    # A shell that runs the tests in its background has it ignored, for all that they start as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -75,16 +77,17 @@ def pytest_runtest_makereport(
 @pytest.fixture
 def toys(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Add the toy experiments to the catalogue, here and in the processes that the test starts."""
-    import labkit.failures
-    from labkit.failures import experiment
+    import experiments
+    from labkit.lab import catalogue, experiment
 
-    paths = [*labkit.failures.__path__, str(TOYS / "experiments")]
-    monkeypatch.setattr(labkit.failures, "__path__", paths)
-    monkeypatch.setenv("PYTHONPATH", str(TOYS))
-    experiment.catalogue.cache_clear()
+    paths = [*experiments.__path__, str(TOYS / "experiments")]
+    monkeypatch.setattr(experiments, "__path__", paths)
+    # The checkout as well: the toys' folder alone would be the whole package there.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TOYS), str(TOYS.parents[1])]))
+    catalogue.catalogue.cache_clear()
     yield
-    experiment.catalogue.cache_clear()
-    sys.modules.pop("labkit.failures.toys", None)
+    catalogue.catalogue.cache_clear()
+    sys.modules.pop("experiments.toys", None)
     for id in [id for id in experiment._registered if id.startswith("toy-")]:
         del experiment._registered[id]
 
@@ -101,19 +104,6 @@ def why_no_kernel() -> str:
         if not feature.works:
             return f"no BPF here: {name}: {feature.answer} ({feature.remedy})"
     return ""
-
-
-@pytest.fixture(scope="session")
-def report_without_bpf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make the whole report as somebody without privilege, and so from recorded runs."""
-    folder = tmp_path_factory.mktemp("without_bpf") / "reports"
-    command = [sys.executable, "-m", "labkit", "report", "--folder", str(folder)]
-    if os.geteuid() == 0:
-        command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert "Not live: " in ended.stderr
-    return folder
 
 
 @pytest.fixture

@@ -1,48 +1,47 @@
-"""Layouts from BTF: a map's key and value as NumPy dtypes, and the kernel's own structs."""
+"""Layouts from BTF: a map's key and value as NumPy dtypes, and the kernel's own structs.
+
+libbpf fetches and checks the BTF; the fields of its types are those of ``linux/btf.h``.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from labkit.errors import Unavailable
 from labkit.kernel import libbpf
 
-_INT, _ARRAY, _STRUCT, _UNION, _ENUM, _TYPEDEF = 1, 3, 4, 5, 6, 8
-_PASSED_THROUGH = {_TYPEDEF, 9, 10, 11, 18}  # typedef, volatile, const, restrict, type tag
-_FLOAT = 16
-_HEADER = struct.Struct("=HBBIIIII")
-# Bytes behind the common head of a type, by BTF kind (Documentation/bpf/btf.rst).
-_TAIL_BYTES = {1: 4, 3: 12, 14: 4, 17: 4}
-_MEMBER_BYTES = {4: 12, 5: 12, 6: 8, 13: 8, 15: 12, 19: 12}
+_INT, _ARRAY, _STRUCT, _ENUM, _FLOAT = 1, 3, 4, 6, 16
+_WORDS = struct.Struct("=III")  # the head of every type, each member, and an array
 
 
-class _BtfInfo(ctypes.Structure):
-    _fields_ = [
-        ("btf", ctypes.c_uint64),
-        ("btf_size", ctypes.c_uint32),
-        ("id", ctypes.c_uint32),
-        ("name", ctypes.c_uint64),
-        ("name_len", ctypes.c_uint32),
-        ("kernel_btf", ctypes.c_uint32),
-    ]
+class _Inexpressible(Exception):
+    """NumPy has no dtype for this type."""
 
 
-@dataclass(frozen=True)
-class _Type:
+class _Type(NamedTuple):
     name: str
     kind: int
-    size: int  # or the id of the type that it refers to
-    kflag: bool
-    tail: bytes
+    size: int
+    behind: int  # address of what follows the head
+    members: int  # how many follow the head
+    has_widths: bool  # each member's place has the width of a bit field in its upper byte
 
 
-def dtype_of(btf_id: int, type_id: int) -> np.dtype[np.void] | None:
+class _Member(NamedTuple):
+    name: str
+    type_id: int
+    offset: int  # bits
+    width: int  # bits of a bit field; 0 where it is none
+
+
+def dtype_of(btf_id: int, type_id: int) -> np.dtype[Any] | None:
     """Layout of a BTF type as a NumPy dtype, with the offsets of the C struct.
 
     Parameters
@@ -55,15 +54,15 @@ def dtype_of(btf_id: int, type_id: int) -> np.dtype[np.void] | None:
     Returns
     -------
     numpy.dtype or None
-        None where the map has no BTF, or the type has no NumPy counterpart
-        (unions, bit fields).
+        Integers and floats that NumPy does not have are raw bytes. None where the map has no
+        BTF, or the type has no NumPy counterpart (a union, bit fields, a pointer, two fields of
+        one name).
     """
-    if not btf_id or not type_id:
-        return None
-    try:
-        return _layout(_types(btf_id), type_id)
-    except (OSError, NotImplementedError):
-        return None
+    with _of_map(btf_id, type_id) as types:
+        try:
+            return _layout(types, type_id) if types else None
+        except _Inexpressible:
+            return None
 
 
 def has_member_of(btf_id: int, type_id: int, struct_name: str) -> bool:
@@ -76,18 +75,10 @@ def has_member_of(btf_id: int, type_id: int, struct_name: str) -> bool:
     struct_name : str
         Of the member's type.
     """
-    if not btf_id or not type_id:
-        return False
-    try:
-        types = _types(btf_id)
-    except OSError:
-        return False
-    while types[type_id].kind in _PASSED_THROUGH:
-        type_id = types[type_id].size
-    one = types[type_id]
-    return isinstance(one, _Struct) and any(
-        types[member].name == struct_name for _, member, _ in one.members
-    )
+    with _of_map(btf_id, type_id) as types:
+        if not types or (one := _resolved(types, type_id)).kind != _STRUCT:
+            return False
+        return any(_type(types, of.type_id).name == struct_name for of in _members(types, one))
 
 
 @functools.cache
@@ -110,10 +101,9 @@ def member_offset(struct_name: str, member: str) -> int:
     Unavailable
         The kernel shows no BTF, or it has no such member.
     """
-    lib = libbpf.api()
     kernel = _kernel_btf()
-    type_id = lib.btf__find_by_name_kind(kernel, struct_name.encode(), _STRUCT)
-    bits = None if type_id < 0 else _member_bits(lib, kernel, type_id, member)
+    type_id = libbpf.api().btf__find_by_name_kind(kernel, struct_name.encode(), _STRUCT)
+    bits = None if type_id < 0 else _member_bits(kernel, type_id, member)
     if bits is None:
         raise Unavailable(
             f"This kernel's BTF has no member {member} in struct {struct_name}: what needs it "
@@ -134,99 +124,89 @@ def _kernel_btf() -> int:
     return int(found)
 
 
-def _member_bits(lib: ctypes.CDLL, kernel: int, type_id: int, member: str) -> int | None:
-    at = lib.btf__type_by_id(kernel, type_id)
-    _, bits, _ = struct.unpack("=III", ctypes.string_at(at, 12))
-    for i in range(bits & 0xFFFF):
-        name, inner, place = struct.unpack("=III", ctypes.string_at(at + 12 + 12 * i, 12))
-        if bits >> 31:
-            place &= 0xFFFFFF  # the upper byte is the width of a bit field
-        if name:
-            if lib.btf__name_by_offset(kernel, name) == member.encode():
-                return int(place)
-        elif (below := _member_bits(lib, kernel, inner, member)) is not None:
-            return int(place + below)
+def _member_bits(kernel: int, type_id: int, name: str) -> int | None:
+    for one in _members(kernel, _type(kernel, type_id)):
+        if one.name == name:
+            return one.offset
+        if not one.name and (below := _member_bits(kernel, one.type_id, name)) is not None:
+            return one.offset + below
     return None
 
 
-def _types(btf_id: int) -> list[_Type]:
-    get = libbpf.api().bpf_btf_get_fd_by_id
-    fd = libbpf.checked(get(ctypes.c_uint32(btf_id)), f"opening BTF {btf_id}")
+@contextmanager
+def _of_map(btf_id: int, type_id: int) -> Iterator[int | None]:
+    """The BTF that a map carries, as libbpf holds it; None where there is none to be had."""
+    lib = libbpf.api()
+    types = lib.btf__load_from_kernel_by_id(btf_id) if btf_id and type_id else None
     try:
-        info = _BtfInfo()
-        libbpf.object_info(fd, info)
-        raw = ctypes.create_string_buffer(info.btf_size)
-        info = _BtfInfo(btf=ctypes.addressof(raw), btf_size=len(raw))
-        libbpf.object_info(fd, info)
+        yield types
     finally:
-        libbpf.close(fd)
-    return _parsed(raw.raw)
+        lib.btf__free(types)
 
 
-@functools.lru_cache(maxsize=64)
-def _parsed(raw: bytes) -> list[_Type]:
-    _, _, _, header_size, type_at, type_size, string_at, _ = _HEADER.unpack_from(raw)
-    strings = header_size + string_at
-
-    def name(offset: int) -> str:
-        start = strings + offset
-        return raw[start : raw.index(b"\0", start)].decode()
-
-    types = [_Type("void", 0, 0, False, b"")]
-    at, end = header_size + type_at, header_size + type_at + type_size
-    while at < end:
-        name_offset, bits, size = struct.unpack_from("=III", raw, at)
-        kind, count = bits >> 24 & 0x1F, bits & 0xFFFF
-        length = _TAIL_BYTES.get(kind, 0) + _MEMBER_BYTES.get(kind, 0) * count
-        types.append(
-            _Type(name(name_offset), kind, size, bool(bits >> 31), raw[at + 12 : at + 12 + length])
-        )
-        at += 12 + length
-    return [
-        _with_member_names(one, name) if one.kind in (_STRUCT, _UNION) else one for one in types
-    ]
-
-
-@dataclass(frozen=True)
-class _Struct(_Type):
-    members: tuple[tuple[str, int, int], ...] = ()  # name, type id, bit offset
-
-
-def _with_member_names(one: _Type, name: Callable[[int], str]) -> _Type:
-    members = tuple(
-        (name(name_offset), type_id, offset)
-        for name_offset, type_id, offset in struct.iter_unpack("=III", one.tail)
+def _type(types: int, type_id: int) -> _Type:
+    at = libbpf.api().btf__type_by_id(types, type_id)
+    name, info, size = _WORDS.unpack(ctypes.string_at(at, _WORDS.size))
+    return _Type(
+        _name(types, name),
+        kind=info >> 24 & 0x1F,
+        size=size,
+        behind=at + _WORDS.size,
+        members=info & 0xFFFF,
+        has_widths=bool(info >> 31),
     )
-    return _Struct(one.name, one.kind, one.size, one.kflag, one.tail, members)
 
 
-def _layout(types: list[_Type], type_id: int) -> np.dtype[np.void]:
-    one = types[type_id]
-    if one.kind in _PASSED_THROUGH:
-        return _layout(types, one.size)
+def _resolved(types: int, type_id: int) -> _Type:
+    """A type behind its typedefs and qualifiers; type 0 is void, which resolves to nothing."""
+    found = libbpf.api().btf__resolve_type(types, type_id)
+    return _type(types, found if found > 0 else 0)
+
+
+def _members(types: int, one: _Type) -> Iterator[_Member]:
+    """Members of a struct or union."""
+    raw = ctypes.string_at(one.behind, one.members * _WORDS.size)
+    for name, type_id, place in _WORDS.iter_unpack(raw):
+        offset, width = (place & 0xFFFFFF, place >> 24) if one.has_widths else (place, 0)
+        yield _Member(_name(types, name), type_id, offset, width)
+
+
+def _name(types: int, offset: int) -> str:
+    return libbpf.shown(libbpf.api().btf__name_by_offset(types, offset))
+
+
+def _layout(types: int, type_id: int) -> np.dtype[Any]:
+    one = _resolved(types, type_id)
     if one.kind == _INT:
-        (encoding,) = struct.unpack("=I", one.tail)
-        signed = "i" if encoding >> 24 & 1 else "u"
-        if one.size > 8:
-            return np.dtype(f"V{one.size}")
-        return np.dtype(f"{signed}{one.size}")
+        encoding = ctypes.c_uint32.from_address(one.behind).value
+        if encoding & 0xFF != one.size * 8:
+            raise _Inexpressible("an integer with some bits of its bytes: an old bit field")
+        return _number("i" if encoding >> 24 & 1 else "u", one.size)
     if one.kind == _ENUM:
-        return np.dtype(f"u{one.size}")
+        return _number("u", one.size)
     if one.kind == _FLOAT:
-        return np.dtype(f"f{one.size}")
+        return _number("f", one.size)
     if one.kind == _ARRAY:
-        element, _, count = struct.unpack("=III", one.tail)
+        element, _, count = _WORDS.unpack(ctypes.string_at(one.behind, _WORDS.size))
         return np.dtype((_layout(types, element), (count,)))
-    if isinstance(one, _Struct) and one.kind == _STRUCT:
-        if one.kflag or any(offset % 8 for _, _, offset in one.members):
-            raise NotImplementedError("bit fields")
-        named = [(label or f"_anonymous{i}", t, o) for i, (label, t, o) in enumerate(one.members)]
-        return np.dtype(
-            {
-                "names": [label for label, _, _ in named],
-                "formats": [_layout(types, t) for _, t, _ in named],
-                "offsets": [o // 8 for _, _, o in named],
-                "itemsize": one.size,
-            }
-        )
-    raise NotImplementedError(f"BTF kind {one.kind}")
+    if one.kind != _STRUCT:
+        raise _Inexpressible(f"BTF kind {one.kind}")
+    members = list(_members(types, one))
+    names = [member.name or f"_anonymous{i}" for i, member in enumerate(members)]
+    if len(set(names)) < len(names) or any(of.width or of.offset % 8 for of in members):
+        raise _Inexpressible("two fields of one name, or bit fields")
+    return np.dtype(
+        {
+            "names": names,
+            "formats": [_layout(types, member.type_id) for member in members],
+            "offsets": [member.offset // 8 for member in members],
+            "itemsize": one.size,
+        }
+    )
+
+
+def _number(kind: str, size: int) -> np.dtype[Any]:
+    try:
+        return np.dtype(f"{kind}{size}")
+    except TypeError:  # an integer of 3 or 16 bytes, a float of 12
+        return np.dtype(f"V{size}")

@@ -18,9 +18,10 @@ import numpy.typing as npt
 from labkit.errors import BadInput, Unavailable
 from labkit.kernel import libbpf, tools
 from labkit.kernel.closing import Closing
+from labkit.kernel.compiler import SOURCES, LoadFailed
 from labkit.kernel.libbpf import ProgramKind
 from labkit.kernel.maps import Map
-from labkit.kernel.programs import SOURCES, Function, LoadFailed
+from labkit.kernel.programs import Program
 
 _COMPILE_LIMIT_S = 60.0
 
@@ -65,13 +66,13 @@ class ElfObject(Closing):
         self._maps.append(opened)
         return opened
 
-    def function(self, name: str) -> Function:
+    def program(self, name: str) -> Program:
         """A program of the source, loaded already; closed with the object."""
         found = libbpf.api().bpf_object__find_program_by_name(self._pointer, name.encode())
         if not found:
             raise BadInput(f"bpf/{self.name}.bpf.c has no program {name!r}.")
         fd = libbpf.api().bpf_program__fd(found)
-        return Function(name, ProgramKind(libbpf.prog_info(fd).type), fd)
+        return Program(name, ProgramKind(libbpf.prog_info(fd).type), fd)
 
     def close(self) -> None:
         """Unload everything of this object; safe to call twice."""

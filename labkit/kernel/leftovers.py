@@ -1,11 +1,11 @@
 """What the kernel does not take back by itself when a process is killed, and who does.
 
 Maps, programs, links, anonymous namespaces and detached mounts go away with the last
-descriptor. A trace instance, a control group, a folder do not. Whoever makes one through
-this module has it entered in a ledger first. The first entry starts a guardian: a small
-process in a session of its own that waits for the owner's death, however it comes, removes
-what the ledger names, and ends. Where the guardian was killed as well, :func:`clean` does its
-work.
+descriptor. A trace instance, a control group, a folder do not, nor do the processes that it
+started. Whoever makes one through this module has it entered in a ledger first. The first entry
+starts a guardian: a small process in a session of its own that waits for the owner's death,
+however it comes, removes what the ledger names, and ends. Where the guardian was killed as well,
+:func:`clean` does its work.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ _UNFINISHED: Final = re.compile(r"\.(partial|replaced)-.*-(\d+)")
 class _Thing:
     """One entry of a ledger.
 
-    ``kind`` is ``process``, ``cgroup``, ``trace_instance`` or ``folder``; ``started`` belongs to
-    a process, whose id alone does not identify it.
+    ``kind`` is ``process``, ``group`` (of processes), ``cgroup``, ``trace_instance`` or
+    ``folder``; ``started`` belongs to a process or to the leader of its group, whose id alone does
+    not identify it.
     """
 
     kind: str
@@ -53,8 +54,8 @@ class _Thing:
     started: int = 0
 
 
-# A process is ended before the group or instance that it may still use.
-_ORDER: Final = ("process", "cgroup", "trace_instance", "folder")
+# A process is ended before the control group or instance that it may still use.
+_ORDER: Final = ("process", "group", "cgroup", "trace_instance", "folder")
 
 
 class MemoryGroup:
@@ -208,6 +209,17 @@ def helper_process(pid: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def own_group() -> Iterator[None]:
+    """Have the processes that this one starts ended with the block, or with this process.
+
+    This process leads a process group; what it starts, at any depth, is in the group unless it
+    leaves it.
+    """
+    with _registered("group", str(os.getpid()), start_time(os.getpid()) or 0):
+        yield
+
+
 def clean(say: Callable[[str], None], runs: Iterable[Path] = ()) -> int:
     """Remove what processes that are dead by now have left behind.
 
@@ -253,8 +265,10 @@ def _count(things: list[_Thing]) -> str:
 
 
 def _spoken(thing: _Thing) -> str:
-    kind = {"cgroup": "control group", "trace_instance": "trace instance"}
-    return f"{kind.get(thing.kind, thing.kind)} {Path(thing.name).name}"
+    kinds = {
+        "group": "process group", "cgroup": "control group", "trace_instance": "trace instance",
+    }  # fmt: skip
+    return f"{kinds.get(thing.kind, thing.kind)} {Path(thing.name).name}"
 
 
 def _remove_unfinished(folder: Path, say: Callable[[str], None]) -> int:
@@ -278,7 +292,7 @@ def _remove_unfinished(folder: Path, say: Callable[[str], None]) -> int:
 
 def _memory_hierarchy() -> tuple[Path, int]:
     refusal = "no memory controller is mounted"
-    with open("/proc/self/mounts") as file:
+    with open("/proc/self/mounts", errors="surrogateescape") as file:
         mounts = [line.split()[1:4] for line in file]
     for point, kind, options in mounts:
         if kind == "cgroup" and "memory" in options.split(","):
@@ -302,7 +316,7 @@ def _memory_hierarchy() -> tuple[Path, int]:
 
 def _own_group(root: Path, version: int) -> Path:
     """Folder of the group that this process is in."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in Path("/proc/self/cgroup").read_text(errors="surrogateescape").splitlines():
         _, controllers, path = line.split(":", 2)
         if (version == 1 and "memory" in controllers.split(",")) or (
             version == 2 and not controllers
@@ -324,6 +338,8 @@ def _members(path: Path) -> list[int]:
 def _remove(thing: _Thing) -> bool:
     if thing.kind == "process":
         return _end_process(int(thing.name), thing.started)
+    if thing.kind == "group":
+        return _end_group(int(thing.name), thing.started)
     if not Path(thing.name).name.startswith(_PREFIX):
         return True  # not ours, whatever the ledger says
     if thing.kind == "cgroup":
@@ -340,6 +356,19 @@ def _end_process(pid: int, started: int) -> bool:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     return start_time(pid) != started
+
+
+def _end_group(leader: int, started: int) -> bool:
+    # As long as a member lives the kernel gives the leader's id to nobody else.
+    if start_time(leader) not in (None, started):
+        return True
+    left = False
+    for pid in {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}:
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(pid) == leader and start_time(pid) is not None:
+                os.kill(pid, signal.SIGKILL)
+                left = True
+    return not left
 
 
 def _remove_cgroup(path: Path) -> bool:
@@ -384,11 +413,11 @@ def _ledger_folder() -> Path:
 def start_time(pid: int) -> int | None:
     """Start time of a living process in clock ticks after boot; None where it is dead."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return None
-    state, *fields = stat.rpartition(")")[2].split()
-    return None if state in "ZX" else int(fields[18])
+    state, *fields = stat.rpartition(b")")[2].split()
+    return None if state in b"ZX" else int(fields[18])
 
 
 def _alive(pid: int) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from labkit.errors import Unavailable
+from labkit.errors import BadInput, Unavailable
 
 ENOTSUPP = 524
 """The kernel's internal "not supported", which leaks to user space from map operations."""
@@ -312,6 +312,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "bpf_map_get_fd_by_id": (c_uint32,),
     "bpf_prog_get_fd_by_id": (c_uint32,),
     "bpf_link_get_fd_by_id": (c_uint32,),
+    "bpf_btf_load": (c_void_p, c_size_t, c_void_p),
     "bpf_prog_load": (c_int, c_char_p, c_char_p, c_void_p, c_size_t, c_void_p),
     "bpf_prog_test_run_opts": (c_int, c_void_p),
     "bpf_raw_tracepoint_open": (c_char_p, c_int),
@@ -319,6 +320,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "libbpf_find_vmlinux_btf_id": (c_char_p, c_int),
     "libbpf_num_possible_cpus": (),
     "btf__find_by_name_kind": (c_void_p, c_char_p, c_uint32),
+    "btf__resolve_type": (c_void_p, c_uint32),
     "bpf_object__load": (c_void_p,),
     "bpf_map__fd": (c_void_p,),
     "bpf_map__set_initial_value": (c_void_p, c_char_p, c_size_t),
@@ -331,7 +333,9 @@ _ANSWERS_POINTER: dict[str, tuple[Any, ...]] = {
     "bpf_object__find_map_by_name": (c_void_p, c_char_p),
     "bpf_object__find_program_by_name": (c_void_p, c_char_p),
     "btf__load_vmlinux_btf": (),
+    "btf__load_from_kernel_by_id": (c_uint32,),
     "btf__type_by_id": (c_void_p, c_uint32),
+    "btf__raw_data": (c_void_p, c_void_p),
 }
 
 
@@ -368,8 +372,9 @@ def api() -> ctypes.CDLL:
         function.restype = c_void_p
     lib.btf__name_by_offset.argtypes = [c_void_p, c_uint32]
     lib.btf__name_by_offset.restype = c_char_p
-    lib.bpf_object__close.argtypes = [c_void_p]
-    lib.bpf_object__close.restype = None
+    for frees in (lib.bpf_object__close, lib.btf__free):
+        frees.argtypes = [c_void_p]
+        frees.restype = None
     silent = ctypes.CFUNCTYPE(c_int, c_int, c_char_p, c_void_p)(lambda *_: 0)
     lib.libbpf_set_print.restype = c_void_p
     lib.libbpf_set_print(silent)
@@ -447,6 +452,17 @@ def map_create(
         int(kind), name.encode()[:15], key_size, value_size, max_entries, byref(opts)
     )
     return checked(result, f"creating {kind.name.lower()} map {name}")
+
+
+def btf_load(raw: bytes) -> int:
+    """Load types into the kernel and return their descriptor, owned by the caller.
+
+    Raises
+    ------
+    OSError
+        With the kernel's errno.
+    """
+    return checked(api().bpf_btf_load(raw, len(raw), None), "loading the types of maps")
 
 
 def prog_load(
@@ -605,6 +621,47 @@ def prog_instructions(fd: int) -> npt.NDArray[np.void]:
     return np.frombuffer(body.raw[:size], INSTRUCTION)
 
 
+def shown(name: bytes) -> str:
+    r"""A name as it may be shown: what is no printable text in it, and the backslash, is escaped.
+
+    Names of maps, programs, processes and pins are bytes; nothing keeps a newline out of some.
+
+    Examples
+    --------
+    >>> print(shown(b"a\xff\n"))
+    a\xff\n
+    """
+    text = name.decode(errors="surrogateescape")
+    return "".join(one if one.isprintable() and one != "\\" else _escaped(one) for one in text)
+
+
+def _escaped(character: str) -> str:
+    if character in "\n\r\t\\":
+        return character.encode("unicode_escape").decode()
+    return "".join(f"\\x{byte:02x}" for byte in character.encode(errors="surrogateescape"))
+
+
+def require_kind(fd: int, of: str) -> None:
+    """Refuse a descriptor that is not of a ``map``, ``prog`` or ``link``, as is wanted.
+
+    The kernel answers a question about one kind with the facts of another.
+
+    Raises
+    ------
+    BadInput
+        Says what it is.
+    """
+    target = os.readlink(f"/proc/self/fd/{fd}").replace("_", "-")
+    kinds = {"anon-inode:bpf-map": "map", "anon-inode:bpf-prog": "prog",
+             "anon-inode:bpf-link": "link"}  # fmt: skip
+    words = {"map": "a map", "prog": "a program", "link": "a link"}
+    if (found := kinds.get(target)) != of:
+        raise BadInput(
+            f"This is {words[found] if found else 'no BPF object'}, not {words[of]}: name another "
+            "one."
+        )
+
+
 def ids(of: str) -> list[int]:
     """Ids of all ``map``, ``prog`` or ``link`` objects in the kernel, ascending."""
     next_id = getattr(api(), f"bpf_{of}_get_next_id")
@@ -626,12 +683,13 @@ def fd_by_id(of: str, identifier: int) -> int:
 
 def pin(fd: int, path: str) -> None:
     """Pin an object at a path in a bpffs."""
-    checked(api().bpf_obj_pin(fd, path.encode()), f"pinning at {path}")
+    checked(api().bpf_obj_pin(fd, os.fsencode(path)), f"pinning at {shown(os.fsencode(path))}")
 
 
 def open_pin(path: str) -> int:
     """Open a pinned object; the caller owns the descriptor."""
-    return checked(api().bpf_obj_get(path.encode()), f"opening the pin {path}")
+    raw = os.fsencode(path)
+    return checked(api().bpf_obj_get(raw), f"opening the pin {shown(raw)}")
 
 
 @functools.cache

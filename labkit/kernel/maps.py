@@ -24,6 +24,8 @@ from labkit.kernel import btf, libbpf
 from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapFlag, MapKind, UpdateFlag
 
+_ROOM_BYTES = 64 << 20
+
 PER_CPU = {MapKind.PERCPU_HASH, MapKind.PERCPU_ARRAY, MapKind.LRU_PERCPU_HASH}
 """Map types whose value is one slot for every possible CPU."""
 
@@ -115,10 +117,10 @@ class Snapshot:
     complete : bool
         Whether every key that was in the map during the whole read is in here. Hash
         tables are read bucket by bucket under the bucket's lock, so this holds however
-        much others insert and delete; a walk by key, which the other types need, may
+        much others insert and delete; an iteration by key, which the other types need, may
         lose its place, and then it is False.
     restarts : int
-        How often a walk lost its place and went on from the start.
+        How often an iteration lost its place and went on from the start.
     """
 
     keys: npt.NDArray[Any]
@@ -159,9 +161,10 @@ class Map(Closing):
         self, fd: int, *, key: npt.DTypeLike | None = None, value: npt.DTypeLike | None = None
     ) -> None:
         self.fd = fd
+        libbpf.require_kind(fd, "map")
         info = libbpf.map_info(fd)
         self.id: int = info.id
-        self.name: str = info.name.decode()
+        self.name: str = libbpf.shown(info.name)
         self.kind = MapKind(info.type)
         self.flags = MapFlag(info.map_flags)
         self.max_entries: int = info.max_entries
@@ -286,7 +289,9 @@ class Map(Closing):
         try:
             return cls(libbpf.open_pin(os.fspath(path)), **layout)
         except OSError as error:
-            raise map_error(error.errno or 0, f"Opening the pin {os.fspath(path)}") from error
+            raise map_error(
+                error.errno or 0, f"Opening the pin {libbpf.shown(os.fsencode(path))}"
+            ) from error
 
     @classmethod
     def from_name(cls, name: str, **layout: npt.DTypeLike | None) -> Map:
@@ -525,7 +530,7 @@ class Map(Closing):
     def keys(self) -> Iterator[Any]:
         """Walk the keys one by one, as ``BPF_MAP_GET_NEXT_KEY`` gives them.
 
-        The walk makes no promise while others delete: the kernel starts again at the
+        Iteration makes no promise while others delete: the kernel starts again at the
         first key when the current one has gone, so keys may come twice. It is bounded by
         twice ``max_entries`` steps. Use :meth:`snapshot` to read a map.
         """
@@ -561,7 +566,8 @@ class Map(Closing):
 
     def _snapshot_by_batch(self) -> Snapshot:
         stride = self._stride * self._cpus or self.value_size
-        capacity = self.max_entries
+        # Room for all where that is little; else for a part, and it grows with what is there.
+        capacity = min(self.max_entries, _ROOM_BYTES // (self.key_size + stride + 1) + 1)
         keys = np.empty(capacity, self.key_dtype)
         raw = np.empty(capacity * stride, np.uint8)
         place = np.zeros(max(self.key_size, 8), np.uint8)

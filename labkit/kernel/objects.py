@@ -16,11 +16,9 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
-
-import pandas as pd
 
 from labkit.errors import Unavailable
 from labkit.kernel import libbpf
@@ -28,7 +26,7 @@ from labkit.kernel.libbpf import MapKind, ProgramKind
 from labkit.kernel.provenance import emulated
 
 _BPF_FS_MAGIC: Final = 0xCAFE4A11
-_ELEMENTS_READ_S: Final = 0.05  # before Linux 6.8 each look into an outer map waits for RCU,
+_ELEMENTS_READ_S: Final = 0.05  # before Linux 6.8 each read of an outer map waits for RCU,
 _EMULATED_READ_S: Final = 0.5  # which takes longer than that where the CPUs are emulated
 _LINK_KINDS: Final = (
     "unspec", "raw_tracepoint", "tracing", "cgroup", "iter", "netns", "xdp", "perf_event",
@@ -367,73 +365,14 @@ def family(pid: int) -> set[int]:
     parents: dict[int, list[int]] = {}
     for child in _processes():
         with suppress(OSError, ValueError, IndexError):
-            stat = Path(f"/proc/{child}/stat").read_text()
-            parents.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(child)
+            stat = Path(f"/proc/{child}/stat").read_bytes()
+            parents.setdefault(int(stat.rpartition(b")")[2].split()[1]), []).append(child)
     found: set[int] = set()
     new = {pid}
     while new:
         found |= new
         new = {child for one in new for child in parents.get(one, ())} - found
     return found
-
-
-def maps_table(objects: Objects) -> pd.DataFrame:
-    """Tabulate maps.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per map, with the columns id, name, kind, key_size, value_size (bytes),
-        max_entries, flags, memlock_bytes, frozen, map_ids, program_ids, elements_complete,
-        pids, pins (as in :class:`MapObject`), used_by (ids of the programs that refer to it)
-        and processes (names of its holders).
-    """
-    used: dict[int, list[int]] = {}
-    for program in objects.programs.values():
-        for identifier in program.map_ids:
-            used.setdefault(identifier, []).append(program.id)
-    table = _table(MapObject, objects.maps, objects)
-    table.insert(len(table.columns) - 1, "used_by", [tuple(used.get(i, ())) for i in objects.maps])
-    return table
-
-
-def programs_table(objects: Objects) -> pd.DataFrame:
-    """Tabulate programs.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per program, with the columns id, name, kind, tag, memlock_bytes, jited_bytes,
-        map_ids, pids, pins (as in :class:`ProgramObject`), attached (what it runs at, as far
-        as links and perf events tell) and processes (names of its holders).
-    """
-    table = _table(ProgramObject, objects.programs, objects)
-    attached = [objects.attached(i) for i in objects.programs]
-    table.insert(len(table.columns) - 1, "attached", attached)
-    return table
-
-
-def links_table(objects: Objects) -> pd.DataFrame:
-    """Tabulate links.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per link, with the columns id, kind, program_id, target, pids, pins (as in
-        :class:`LinkObject`) and processes (names of its holders).
-    """
-    return _table(LinkObject, objects.links, objects)
-
-
-def _table(kind: type, rows: Mapping[int, Any], objects: Objects) -> pd.DataFrame:
-    columns = [one.name for one in fields(kind)]
-    table = pd.DataFrame(
-        [[getattr(row, column) for column in columns] for row in rows.values()], columns=columns
-    )
-    table["processes"] = [
-        tuple(objects.processes.get(pid, "?") for pid in row.pids) for row in rows.values()
-    ]
-    return table
 
 
 @contextmanager
@@ -456,7 +395,7 @@ def _read_map(identifier: int) -> MapObject | None:
             elements, complete = _elements(fd, info.key_size)
         return MapObject(
             id=info.id,
-            name=info.name.decode(errors="replace"),
+            name=libbpf.shown(info.name),
             kind=kind,
             key_size=info.key_size,
             value_size=info.value_size,
@@ -495,7 +434,7 @@ def _read_program(identifier: int) -> ProgramObject | None:
         known = _fdinfo(os.getpid(), fd)
         return ProgramObject(
             id=info.id,
-            name=info.name.decode(errors="replace"),
+            name=libbpf.shown(info.name),
             kind=_kind_name(ProgramKind, info.type),
             tag=known.get("prog_tag", ""),
             memlock_bytes=int(known.get("memlock", "0")),
@@ -591,7 +530,7 @@ class _Held:
                 pid=pid,
                 program_id=program.value,
                 kind=_PERF_KINDS[kind.value] if known else f"type {kind.value}",
-                target=target.value.decode(errors="replace"),
+                target=libbpf.shown(target.value),
             )
         )
 
@@ -613,7 +552,7 @@ class _Held:
             finally:
                 libbpf.close(fd)
             if what:
-                self._pins.setdefault(what, []).append(path)
+                self._pins.setdefault(what, []).append(libbpf.shown(os.fsencode(path)))
                 if holder is not None:
                     self.pids.setdefault(what, set()).add(holder)
 
@@ -624,14 +563,14 @@ def _processes() -> list[int]:
 
 def _process_name(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
+        return libbpf.shown(Path(f"/proc/{pid}/comm").read_bytes().removesuffix(b"\n"))
     except OSError:
         return "?"
 
 
 def _fdinfo(pid: int, fd: int | str) -> dict[str, str]:
-    with open(f"/proc/{pid}/fdinfo/{fd}") as file:
-        pairs = (line.partition(":") for line in file)
+    with open(f"/proc/{pid}/fdinfo/{fd}", "rb") as file:
+        pairs = (libbpf.shown(line.strip().replace(b"\t", b" ")).partition(":") for line in file)
         return {name.strip(): value.strip() for name, _, value in pairs}
 
 
@@ -645,7 +584,7 @@ def _identity(known: Mapping[str, str]) -> tuple[str, int] | None:
 
 def _is_bpffs(path: str) -> bool:
     answer = ctypes.create_string_buffer(256)
-    if ctypes.CDLL(None).statfs(path.encode(), answer) != 0:
+    if ctypes.CDLL(None).statfs(os.fsencode(path), answer) != 0:
         return False
     return ctypes.c_long.from_buffer(answer).value == _BPF_FS_MAGIC
 
@@ -653,11 +592,11 @@ def _is_bpffs(path: str) -> bool:
 def _bpffs_mounts(pid: int) -> list[str]:
     """Mount points of bpffs in the mount namespace of a process, whole file systems first."""
     found = []
-    with open(f"/proc/{pid}/mountinfo") as file:
+    with open(f"/proc/{pid}/mountinfo", "rb") as file:
         for line in file:
-            mount, _, rest = line.partition(" - ")
-            if rest.split()[0] == "bpf":
-                _, _, _, root, point = mount.split()[:5]
-                plain = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point)
-                found.append((root != "/", plain))
+            mount, _, rest = line.partition(b" - ")
+            if rest.split()[0] == b"bpf":
+                _, _, _, root, point = mount.split(b" ")[:5]
+                plain = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), point)
+                found.append((root != b"/", os.fsdecode(plain)))
     return [point for _, point in sorted(found)]

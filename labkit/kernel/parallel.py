@@ -39,15 +39,9 @@ def another_cpu(index: int) -> int:
     return usable[index % len(usable)]
 
 
-def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
-    """Ask the kernel to send this process a signal when the thread that made it ends.
-
-    Parameters
-    ----------
-    by : signal.Signals
-        The signal; by default the one that nothing survives.
-    """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when the thread that made it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager

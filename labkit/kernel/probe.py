@@ -15,38 +15,9 @@ import platform
 import sys
 from dataclasses import asdict, dataclass
 
-import pandas as pd
-
 from labkit.errors import BadInput, LabError, TimedOut, Unavailable
 from labkit.kernel.parallel import Child
-from labkit.kernel.tools import (
-    bpftool_command,
-    go_command,
-    headers_folder,
-    headers_version,
-    prepare_bcc,
-    redis_server_command,
-    tracefs_folder,
-)
 from labkit.kernel.trials import TRIALS
-
-__all__ = [
-    "Feature",
-    "bpftool_command",
-    "doctor",
-    "essential",
-    "features",
-    "go_command",
-    "headers_folder",
-    "headers_version",
-    "names",
-    "prepare_bcc",
-    "probe",
-    "redis_server_command",
-    "require",
-    "table",
-    "tracefs_folder",
-]
 
 
 @dataclass(frozen=True)
@@ -165,19 +136,6 @@ def require(*names: str) -> None:
                 f"This needs the feature {feature.name}, which does not work here "
                 f"({feature.answer}): {feature.remedy}."
             )
-
-
-def table() -> pd.DataFrame:
-    """Tabulate every feature.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per feature, with the columns feature (str), works (bool), answer (str),
-        remedy (str; empty where it works) and essential (bool).
-    """
-    rows = [(f.name, f.works, f.answer, f.remedy, TRIALS[f.name].essential) for f in features()]
-    return pd.DataFrame(rows, columns=["feature", "works", "answer", "remedy", "essential"])
 
 
 def doctor(json: bool = False) -> tuple[str, int]:

@@ -1,8 +1,8 @@
-"""Compile, load, run and attach the programs in ``bpf/``; closing leaves nothing.
+"""Load, run and attach the programs in ``bpf/``; closing leaves nothing.
 
-bcc compiles the source and makes its maps. The loading itself goes through libbpf with
-the instructions that bcc produced: that gives every program type (sleepable ones too),
-the verifier's own last words as the error, and nothing printed behind our back.
+bcc compiles them (:mod:`labkit.kernel.compiler`). Making the maps and loading the programs goes
+through libbpf: that gives every program type (sleepable ones too), the verifier's own last words
+as the error, and nothing printed behind our back.
 """
 
 from __future__ import annotations
@@ -10,25 +10,21 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
-import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from labkit.errors import BadInput, LabError
-from labkit.kernel import libbpf, probe
+from labkit.errors import BadInput
+from labkit.kernel import libbpf, tools
 from labkit.kernel.closing import Closing
-from labkit.kernel.libbpf import AttachType, ProgramKind
+from labkit.kernel.compiler import SOURCES, Compiled, LoadFailed, compiled, defines, is_open
+from labkit.kernel.libbpf import AttachType, MapKind, ProgramKind
 from labkit.kernel.maps import Map
-
-SOURCES = Path(__file__).parents[2] / "bpf"
-"""Where the programs' sources stand."""
 
 _REPEATABLE = {ProgramKind.TC, ProgramKind.XDP, ProgramKind.SOCKET_FILTER}
 _HOOKS = {
@@ -37,10 +33,6 @@ _HOOKS = {
     "tp_btf": (ProgramKind.TRACING, AttachType.TRACE_RAW_TP),
     "lsm": (ProgramKind.LSM, AttachType.LSM_MAC),
 }
-
-
-class LoadFailed(LabError):
-    """A program did not compile, or the verifier or kernel refused it."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +54,8 @@ class TestRun:
     mean_ns: int
 
 
-class Function:
-    """One loaded program. Made by :meth:`Unit.function`, which also closes it."""
+class Program:
+    """One loaded program. Made by :meth:`BpfObject.program`, which also closes it."""
 
     def __init__(self, name: str, kind: ProgramKind, fd: int) -> None:
         self.name = name
@@ -72,7 +64,7 @@ class Function:
         self.id: int = libbpf.prog_info(fd).id
 
     def __repr__(self) -> str:
-        return f"<Function {self.name} id {self.id} {self.kind.name.lower()}>"
+        return f"<Program {self.name} id {self.id} {self.kind.name.lower()}>"
 
     def test_run(
         self,
@@ -128,23 +120,48 @@ class Function:
         return TestRun(int(options.retval), int(options.duration))
 
 
-class Unit(Closing):
-    """One compiled source with its maps, functions and links; a context manager.
+class BpfObject(Closing):
+    """One compiled source with its maps, programs and links; a context manager.
 
     Made by :func:`load`.
     """
 
-    def __init__(self, name: str, compiled: Any) -> None:
+    def __init__(self, name: str, code: Compiled, given: Mapping[str, int]) -> None:
         self.name = name
-        self._compiled = compiled
+        self._code = code
+        self._given = given
+        self._made: dict[str, int] = {}
         self._maps: list[Map] = []
-        self._functions: list[Function] = []
+        self._programs: list[Program] = []
         self._links: list[int] = []
+        self._make_maps()
+
+    def _make_maps(self) -> None:
+        types = -1
+        try:
+            if self._code.btf:
+                types = libbpf.btf_load(self._code.btf)
+            for name, one in self._code.maps.items():
+                self._made[name] = libbpf.map_create(
+                    MapKind(one.kind),
+                    name=name,
+                    key_size=one.key_size,
+                    value_size=one.value_size,
+                    max_entries=one.max_entries,
+                    flags=one.flags,
+                    inner_fd=self._made[one.inner] if one.inner else None,
+                    btf=(types, one.key_type, one.value_type) if one.value_type else None,
+                )
+        except OSError as error:
+            self.close()
+            raise LoadFailed(f"bpf/{self.name}.bpf.c: {error.args[1]}.") from error
+        finally:
+            libbpf.close(types)
 
     def map(
         self, name: str, *, key: npt.DTypeLike | None = None, value: npt.DTypeLike | None = None
     ) -> Map:
-        """A map of the source; it is closed with the unit.
+        """A map of the source; it is closed with the object.
 
         Parameters
         ----------
@@ -153,32 +170,29 @@ class Unit(Closing):
         key, value : dtype-like, optional
             Layouts; by default the map's BTF.
         """
-        from bcc.libbcc import lib as libbcc
-
-        # Not by bcc's table object, which refuses per-CPU values of odd sizes.
-        fd = int(libbcc.bpf_table_fd(self._compiled.module, name.encode()))
-        if fd < 0:
+        fd = self._descriptor(name)
+        if fd is None:
             raise BadInput(f"bpf/{self.name}.bpf.c declares no map {name!r}.")
         opened = Map.from_fd(fd, key=key, value=value)
         self._maps.append(opened)
         return opened
 
-    def table(self, name: str) -> Any:
-        """The table object of bcc itself, for experiments whose subject is bcc."""
-        try:
-            return self._compiled[name.encode()]
-        except KeyError:
-            raise BadInput(f"bpf/{self.name}.bpf.c declares no map {name!r}.") from None
+    def _descriptor(self, name: str) -> int | None:
+        return self._made.get(name)
 
-    def function(
+    def _instructions(self, name: str) -> bytes | None:
+        known = self._code.programs.get(name)
+        return None if known is None else known.bound({**self._made, **self._given})
+
+    def program(
         self,
         name: str,
         kind: ProgramKind = ProgramKind.TC,
         *,
         hook: str | None = None,
         sleepable: bool = False,
-    ) -> Function:
-        """Load one function of the source.
+    ) -> Program:
+        """Load one program of the source.
 
         Parameters
         ----------
@@ -194,8 +208,8 @@ class Unit(Closing):
 
         Returns
         -------
-        Function
-            Closed with the unit.
+        Program
+            Closed with the object.
 
         Raises
         ------
@@ -206,10 +220,9 @@ class Unit(Closing):
         flags = libbpf.PROGRAM_SLEEPABLE if sleepable or kind is ProgramKind.SYSCALL else 0
         if kind is ProgramKind.XDP:
             attach_type = AttachType.XDP
-        try:
-            instructions = self._compiled.dump_func(name.encode())
-        except Exception:
-            raise BadInput(f"bpf/{self.name}.bpf.c has no function {name!r}.") from None
+        instructions = self._instructions(name)
+        if instructions is None:
+            raise BadInput(f"bpf/{self.name}.bpf.c has no program {name!r}.")
         try:
             if hook is not None:
                 how, _, where = hook.partition(":")
@@ -227,17 +240,17 @@ class Unit(Closing):
             )
         except OSError as error:
             raise LoadFailed(f"bpf/{self.name}.bpf.c: {error.args[1]}.") from error
-        loaded = Function(name, kind, fd)
-        self._functions.append(loaded)
+        loaded = Program(name, kind, fd)
+        self._programs.append(loaded)
         return loaded
 
-    def attach(self, function: Function, where: str | int | None = None) -> int:
-        """Attach a loaded function until the unit is closed or :meth:`detach`.
+    def attach(self, program: Program, where: str | int | None = None) -> int:
+        """Attach a loaded program until the object is closed or :meth:`detach`.
 
         Parameters
         ----------
-        function : Function
-            Of this unit.
+        program : Program
+            Of this object.
         where : str or int, optional
             Raw tracepoint: its name. Tracepoint: ``"category:event"``. kprobe: the kernel
             function. XDP: interface index. Tracing and LSM: nothing, the hook was given at
@@ -254,32 +267,32 @@ class Unit(Closing):
             The kernel refuses.
         """
         try:
-            held = self._attached(function, where)
+            held = self._attached(program, where)
         except OSError as error:
-            raise LoadFailed(f"Attaching {function.name} to {where}: {error.args[1]}.") from error
+            raise LoadFailed(f"Attaching {program.name} to {where}: {error.args[1]}.") from error
         self._links.append(held)
         return held
 
-    def _attached(self, function: Function, where: str | int | None) -> int:
+    def _attached(self, program: Program, where: str | int | None) -> int:
         lib = libbpf.api()
-        kind, doing = function.kind, f"attaching {function.name}"
+        kind, doing = program.kind, f"attaching {program.name}"
         if kind is ProgramKind.RAW_TRACEPOINT and isinstance(where, str):
-            return libbpf.checked(lib.bpf_raw_tracepoint_open(where.encode(), function.fd), doing)
+            return libbpf.checked(lib.bpf_raw_tracepoint_open(where.encode(), program.fd), doing)
         if kind in (ProgramKind.TRACING, ProgramKind.LSM):
-            return libbpf.checked(lib.bpf_raw_tracepoint_open(None, function.fd), doing)
+            return libbpf.checked(lib.bpf_raw_tracepoint_open(None, program.fd), doing)
         if kind is ProgramKind.XDP and isinstance(where, int):
-            link = lib.bpf_link_create(function.fd, where, int(AttachType.XDP), None)
+            link = lib.bpf_link_create(program.fd, where, int(AttachType.XDP), None)
             return libbpf.checked(link, doing)
         from bcc.libbcc import lib as libbcc
 
         if kind is ProgramKind.TRACEPOINT and isinstance(where, str):
             category, _, event = where.partition(":")
             with _standard_error() as said:
-                held = libbcc.bpf_attach_tracepoint(function.fd, category.encode(), event.encode())
+                held = libbcc.bpf_attach_tracepoint(program.fd, category.encode(), event.encode())
         elif kind is ProgramKind.KPROBE and isinstance(where, str):
             with _standard_error() as said:
                 held = libbcc.bpf_attach_kprobe(
-                    function.fd, 0, f"labkit_{os.getpid()}_{where}".encode(), where.encode(), 0, 0
+                    program.fd, 0, f"labkit_{os.getpid()}_{where}".encode(), where.encode(), 0, 0
                 )
         else:
             raise BadInput(f"A {kind.name.lower()} program does not attach to {where!r}.")
@@ -293,22 +306,59 @@ class Unit(Closing):
         libbpf.close(held)
 
     def close(self) -> None:
-        """Detach and unload everything of this unit; safe to call twice."""
+        """Detach and unload everything of this object; safe to call twice."""
         for held in self._links:
             libbpf.close(held)
-        for function in self._functions:
-            libbpf.close(function.fd)
+        for program in self._programs:
+            libbpf.close(program.fd)
         for opened in self._maps:
             opened.close()
-        self._links, self._functions, self._maps = [], [], []
-        compiled, self._compiled = self._compiled, None
-        if compiled is not None:
-            # bcc keeps every unit alive until the process ends, for its own clean-up.
-            atexit.unregister(compiled.cleanup)
-            compiled.cleanup()
+        for fd in self._made.values():
+            libbpf.close(fd)
+        self._links, self._programs, self._maps, self._made = [], [], [], {}
 
 
-def load(name: str, **constants: int | str) -> Unit:
+class BccObject(BpfObject):
+    """A source that bcc holds in this very process, with bcc's own tables and pins.
+
+    Made by :func:`load_by_bcc`, for experiments whose subject is bcc.
+    """
+
+    def __init__(self, name: str, module: Any) -> None:
+        self._module = module
+        super().__init__(name, Compiled({}, {}, b""), {})
+
+    def table(self, name: str) -> Any:
+        """The table object of bcc itself."""
+        try:
+            return self._module[name.encode()]
+        except KeyError:
+            raise BadInput(f"bpf/{self.name}.bpf.c declares no map {name!r}.") from None
+
+    def _descriptor(self, name: str) -> int | None:
+        from bcc.libbcc import lib as libbcc
+
+        # Not by bcc's table object, which refuses per-CPU values of odd sizes.
+        fd = int(libbcc.bpf_table_fd(self._module.module, name.encode()))
+        return fd if fd >= 0 else None
+
+    def _instructions(self, name: str) -> bytes | None:
+        try:
+            return bytes(self._module.dump_func(name.encode()))
+        except Exception:  # bcc raises plain Exception
+            return None
+
+    def close(self) -> None:
+        """Detach and unload everything of this object; safe to call twice."""
+        super().close()
+        module, self._module = self._module, None
+        if module is not None:
+            # bcc keeps every such object alive until the process ends, for its own clean-up.
+            atexit.unregister(module.cleanup)
+            module.cleanup()
+
+
+def load(name: str, **constants: int | str) -> BpfObject:
     """Compile ``bpf/<name>.bpf.c`` and make its maps.
 
     Parameters
@@ -317,11 +367,13 @@ def load(name: str, **constants: int | str) -> Unit:
         Source file without its ending.
     **constants : int or str
         Become ``-D``: integers as they are, text as a C string literal (which is what
-        bcc's ``BPF_TABLE`` takes as the map type). Each must stand in the source.
+        bcc's ``BPF_TABLE`` takes as the map type). Each must stand in the source. One whose name
+        ends in ``_FD`` is a descriptor, which the source hands to ``bpf_pseudo_fd``; one in
+        ``_ID`` is a number known only now. Another of either asks for no other compilation.
 
     Returns
     -------
-    Unit
+    BpfObject
         Use it in a ``with`` statement.
 
     Raises
@@ -331,30 +383,44 @@ def load(name: str, **constants: int | str) -> Unit:
     Unavailable
         bcc or the kernel headers are missing.
     LoadFailed
-        The compiler's first error.
+        The compiler's first error, or the kernel's refusal of a map.
     """
-    path = SOURCES / f"{name}.bpf.c"
-    if not path.is_file():
-        raise BadInput(f"There is no program bpf/{name}.bpf.c.")
-    text = path.read_text()
-    text += "".join(header.read_text() for header in SOURCES.glob("*.h"))
-    flags = [f"-I{SOURCES}"]
-    for constant, value in constants.items():
-        if not re.search(rf"\b{re.escape(constant)}\b", text):
-            raise BadInput(f"bpf/{name}.bpf.c knows no constant {constant}.")
-        literal = f'"{value}"' if isinstance(value, str) else str(int(value))
-        flags.append(f"-D{constant}={literal}")
-    bcc = probe.prepare_bcc()
-    compiled, failure = None, ""
+    given = {one: int(value) for one, value in constants.items() if is_open(one)}
+    return BpfObject(name, compiled(name, constants), given)
+
+
+def load_by_bcc(name: str, **constants: int | str) -> BccObject:
+    """Compile ``bpf/<name>.bpf.c`` in this very process, for experiments whose subject is bcc.
+
+    A fault within LLVM would end this process; :func:`load` has none.
+
+    Parameters
+    ----------
+    name, **constants
+        As for :func:`load`.
+
+    Returns
+    -------
+    BccObject
+        Use it in a ``with`` statement.
+
+    Raises
+    ------
+    BadInput, Unavailable, LoadFailed
+        As :func:`load`.
+    """
+    flags = [f"-I{SOURCES}", *defines(name, constants)]
+    bcc = tools.prepare_bcc()
+    module, failure = None, ""
     with _standard_error() as said:
         try:
-            compiled = bcc.BPF(src_file=os.fsencode(path), cflags=flags)
+            module = bcc.BPF(src_file=os.fsencode(SOURCES / f"{name}.bpf.c"), cflags=flags)
         except Exception as error:  # bcc raises plain Exception
             failure = str(error)
-    if compiled is None:
+    if module is None:
         reason = said.first_line("error:") or said.first_line() or failure
         raise LoadFailed(f"bpf/{name}.bpf.c does not compile or load: {reason}")
-    return Unit(name, compiled)
+    return BccObject(name, module)
 
 
 class _Said:

@@ -27,7 +27,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from labkit.errors import BadInput
+from labkit.errors import BadInput, LabError
 from labkit.kernel import libbpf
 from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapKind
@@ -92,6 +92,10 @@ def wakeup_constants(policy: str, at: int = 1) -> dict[str, int]:
     if at < 1:
         raise BadInput(f"A wakeup comes every 1 record or byte at least, not every {at}.")
     return {"WAKEUP": WAKEUPS[policy], "WAKEUP_AT": at}
+
+
+class SharedRing(LabError):
+    """Two consumers read one ring, and neither gets it whole."""
 
 
 class Layout:
@@ -233,7 +237,7 @@ class RingReader(Closing):
         self._dtype = np.dtype(dtype)
         self.consumer: Consumer = _right_here() if consumer is None else consumer
         info = libbpf.map_info(ring if isinstance(ring, int) else ring.fd)
-        name = info.name.decode()
+        name = libbpf.shown(info.name)
         if info.type != MapKind.RINGBUF:
             raise BadInput(
                 f"Map {name} (id {info.id}) is a {MapKind(info.type).name.lower()}: "
@@ -294,6 +298,7 @@ class RingReader(Closing):
         self._consumer_position = np.frombuffer(consumer, np.uint64, count=1)
         self._producer_position = np.frombuffer(data, np.uint64, count=1)
         self._layout = Layout(data, page, self._capacity, self._dtype.itemsize)
+        self._position = int(self._consumer_position[0])
 
     # -- reading -----------------------------------------------------------------------
 
@@ -323,6 +328,8 @@ class RingReader(Closing):
         BadInput
             The reader is closed, ``out`` does not fit, or the ring holds a record of
             another size: what stands in front of it is delivered first.
+        SharedRing
+            Another consumer, of any process, has read from the ring.
         """
         self._check_open()
         if out is None:
@@ -343,9 +350,9 @@ class RingReader(Closing):
         return out[:copied]
 
     def _take(self, out: npt.NDArray[np.void]) -> int:
-        position, copied = int(self._consumer_position[0]), 0
+        position, copied = self._own_position(), 0
         # On x86 this load, and those of the headers, acquire: no later load passes them. One
-        # look at the end bounds the loop, however fast the producer is.
+        # read of the end bounds the loop, however fast the producer is.
         end = int(self._producer_position[0])
         while copied < len(out):
             got, passed = self._layout.take(position, end, out[copied:])
@@ -356,7 +363,8 @@ class RingReader(Closing):
             self._discarded += passed - got
             # On x86 this store releases: the copy above is done when the kernel sees it. Piece
             # by piece, so that the producer has room again early.
-            self._consumer_position[0] = position
+            self._own_position()
+            self._consumer_position[0] = self._position = position
         if not copied and position < end:
             length = self._layout.header(position) & _LENGTH
             if length != self._dtype.itemsize:
@@ -365,14 +373,24 @@ class RingReader(Closing):
 
     def _take_by_libbpf(self, out: npt.NDArray[np.void]) -> int:
         assert self._libbpf is not None
-        before = int(self._consumer_position[0])
+        before = self._own_position()
         copied = self._libbpf.take(out)
+        self._position = int(self._consumer_position[0])
         if self._libbpf.refused is None:
-            passed = (int(self._consumer_position[0]) - before) // self._layout.slot
+            passed = (self._position - before) // self._layout.slot
             self._discarded += passed - copied
         elif not copied:
             raise self._other_size(self._libbpf.refused)
         return copied
+
+    def _own_position(self) -> int:
+        """Where we read on; `SharedRing` where somebody else has moved it."""
+        if int(self._consumer_position[0]) != self._position:
+            raise SharedRing(
+                f"Somebody else reads ring id {self.map_id} too, so that records are lost to one "
+                "and seen twice by the other: a ring has one consumer, give each a ring of its own."
+            )
+        return self._position
 
     def _other_size(self, length: int) -> BadInput:
         return BadInput(
@@ -393,7 +411,7 @@ class RingReader(Closing):
         Returns
         -------
         bool
-            Whether there is one; the ring is looked at once more after the deadline.
+            Whether there is one; the ring is checked once more after the deadline.
 
         Raises
         ------
@@ -402,7 +420,7 @@ class RingReader(Closing):
         """
         self._check_open()
         deadline = time.monotonic() + _bounded(timeout_s)
-        # No wakeup is lost between our look and our sleep. By its default rule the kernel
+        # No wakeup is lost between our check and our sleep. By its default rule the kernel
         # wakes us only if it finds the consumer's position at the record that it commits
         # (bpf_ringbuf_commit: xchg of the header, then load of the position), and on x86 our
         # store of the position may still be on its way when we load the header. But poll(2),

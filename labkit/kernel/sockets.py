@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterable, Iterator
 
 from labkit.errors import BadInput
 from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import ProgramKind
-from labkit.kernel.programs import Function
+from labkit.kernel.programs import Program
 
 _SO_ATTACH_BPF = 50  # include/uapi/asm-generic/socket.h
 
@@ -24,7 +25,7 @@ class GuardedSocket(Closing):
         self._sender, self._receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._receiver.setblocking(False)
 
-    def attach(self, guard: Function) -> None:
+    def attach(self, guard: Program) -> None:
         """Let a program guard the receiver; it takes the place of an earlier one at once."""
         if guard.kind is not ProgramKind.SOCKET_FILTER:
             raise BadInput(f"A socket is guarded by a socket filter, not by {guard!r}.")
@@ -32,14 +33,17 @@ class GuardedSocket(Closing):
 
     def send(self, datagrams: int) -> int:
         """Send datagrams one by one and return how many of them arrived."""
-        arrived = 0
-        for _ in range(datagrams):
-            self._sender.send(b"datagram")
+        return sum(self.arrivals([b"datagram"] * datagrams))
+
+    def arrivals(self, datagrams: Iterable[bytes]) -> Iterator[bool]:
+        """Send datagrams one by one and tell of each, which is not empty, whether it arrived."""
+        send, receive = self._sender.send, self._receiver.recv
+        for datagram in datagrams:
+            send(datagram)
             try:
-                arrived += len(self._receiver.recv(16)) > 0
+                yield len(receive(16)) > 0
             except BlockingIOError:
-                continue  # the sender's call has run the filter, so it was dropped
-        return arrived
+                yield False  # the sender's call has run the filter, so it was dropped
 
     def close(self) -> None:
         """Close both ends, which detaches the program; safe to call twice."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from labkit.errors import LabError
-from labkit.kernel import leftovers, libbpf, network, tools
+from labkit.kernel import leftovers, libbpf, network, programs, tools
 from labkit.kernel.libbpf import AttachType, MapFlag, MapKind, ProgramKind, UpdateFlag
 from labkit.kernel.parallel import cpus
 from labkit.kernel.perf_events import perf_event, probe_source
@@ -455,7 +455,7 @@ def _uprobe() -> str:
 
 def _place_in_file(address: int) -> tuple[str, int]:
     """File and offset that the memory at an address of this process was mapped from."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines():
         extent, _, offset, _, _, *file = line.split(maxsplit=5)
         start, end = (int(bound, 16) for bound in extent.split("-"))
         if start <= address < end and file:
@@ -751,10 +751,8 @@ def _headers() -> str:
     limit_s=_COMPILE_LIMIT_S,
 )
 def _compile() -> str:
-    from labkit.kernel import programs
-
     with programs.load("self_test", RETURNED=7) as unit:
-        answer = unit.function("count_runs").test_run().value
+        answer = unit.program("count_runs").test_run().value
     if answer != 7:
         raise Refused(f"a program that returns 7 returned {answer}")
     return "compiled a small program, loaded it and ran it"

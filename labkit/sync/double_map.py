@@ -268,10 +268,10 @@ class DoubleMapWriter:
 class DoubleMap(Poll):
     """Follows the generations of an outer map: each change of all keys comes whole, at once.
 
-    It looks every ``interval_s`` which map is in force, which costs one lookup, and reads that map
+    It reads every ``interval_s`` which map is in force, which costs one lookup, and reads that map
     only when it is another one: then one call of `poll` brings all that changed, and the replica
     goes from one generation to the next between two calls. Generations that came and went between
-    two looks are passed over (`passed_over`), and so are their versions in ``stats()``.
+    two reads are passed over (`passed_over`), and so are their versions in ``stats()``.
 
     What somebody writes into the map in force itself is not seen: a process cannot, since it is
     frozen, a program should not.
@@ -279,7 +279,7 @@ class DoubleMap(Poll):
     Parameters
     ----------
     interval_s : float
-        Between two looks, seconds. A look that comes late skips those it has missed.
+        Between two reads, seconds. A read that comes late skips those it has missed.
     layout : Layout, optional
         Layouts of key and value, where the maps' BTF does not tell.
     version : str
@@ -301,7 +301,7 @@ class DoubleMap(Poll):
 
     @property
     def passed_over(self) -> int:
-        """Generations since `attach` that came and went between two looks."""
+        """Generations since `attach` that came and went between two reads."""
         return self._passed_over
 
     def attach(self, table: Map) -> Replica:
@@ -340,7 +340,7 @@ class DoubleMap(Poll):
         if self._outer is not None:
             self._outer.close()
 
-    def _look(self) -> Changes:
+    def _read(self) -> Changes:
         assert self._outer is not None
         if int(self._outer.lookup(IN_FORCE)) == self.table.id:
             return self._nothing()
@@ -351,7 +351,7 @@ class DoubleMap(Poll):
         self._table = inner
         self._passed_over += generation - self._generation - 1
         self._generation = generation
-        return super()._look()
+        return super()._read()
 
 
 class IndexFlipWriter(Closing):

@@ -14,7 +14,7 @@ class Poll(Strategy):
     """Reads the map by batch at a fixed interval; the difference in versions is what changed.
 
     It needs nobody's help and sees anybody's writes, but only the newest version of each key at
-    each look, and no earlier than at the next one. What it counts as produced are the steps of
+    each read, and no earlier than at the next one. What it counts as produced are the steps of
     the versions: exact for writers that add 1 with each write and delete of a key, once the key
     is there. A key that is missing counts as one change until it comes back.
 
@@ -24,7 +24,7 @@ class Poll(Strategy):
     Parameters
     ----------
     interval_s : float
-        Between two looks, seconds. A look that comes late skips those it has missed.
+        Between two reads, seconds. A read that comes late skips those it has missed.
     version : str
         As for `Strategy`.
 
@@ -51,7 +51,7 @@ class Poll(Strategy):
         self._produced = 0
 
     def stats(self) -> Stats:
-        """Counts by versions; what was coalesced are the versions between two looks."""
+        """Counts by versions; what was coalesced are the versions between two reads."""
         return Stats(
             produced=self._produced,
             delivered=self._delivered,
@@ -74,15 +74,15 @@ class Poll(Strategy):
                     time.sleep(max(0.0, deadline - now))
                     return self._nothing()
                 time.sleep(self._next - now)
-            # Late looks are skipped, not made up for: they would only see the same.
+            # Late reads are skipped, not made up for: they would only see the same.
             late = (time.monotonic() - self._next) // self._interval_s
             self._next += (late + 1) * self._interval_s
-            news = self._look()
+            news = self._read()
             if len(news) or time.monotonic() >= deadline:
                 return news
 
-    def _look(self) -> Changes:
-        """Read the map whole; answers what changed since the last look, and counts it."""
+    def _read(self) -> Changes:
+        """Read the map whole; answers what changed since the last read, and counts it."""
         started_ns = time.monotonic_ns()
         news, steps = self.replica.resync(self.table.snapshot(), started_ns=started_ns)
         self._resyncs += 1

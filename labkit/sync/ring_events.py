@@ -99,7 +99,7 @@ class RingEvents(Strategy):
     version : str
         As for `Strategy`.
     timer_s : float
-        The longest sleep between two looks, seconds: the latency where a program wakes nobody.
+        The longest sleep between two reads, seconds: the latency where a program wakes nobody.
     gather_s : float
         How long to let events gather once there is one, seconds: batches grow, and CPU per
         change falls.
@@ -110,7 +110,7 @@ class RingEvents(Strategy):
     Examples
     --------
     >>> from labkit.kernel.libbpf import MapKind
-    >>> from labkit.sync.event_writer import EventWriter, updates
+    >>> from labkit.load.event_writer import EventWriter, updates
     >>> with (
     ...     Map.create(MapKind.HASH, key="u8", value="u8", max_entries=8) as table,
     ...     Channel.create(1 << 16) as channel,
@@ -185,7 +185,7 @@ class RingEvents(Strategy):
         counts = self._channel.counts
         one = counts.value_buffer().nbytes
         buffer = np.zeros(counts.max_entries * one, np.uint8)
-        self._looks: list[Callable[[], int]] = [
+        self._count_readers: list[Callable[[], int]] = [
             counts.reader(program, buffer[program * one : (program + 1) * one])
             for program in range(counts.max_entries)
         ]
@@ -205,14 +205,14 @@ class RingEvents(Strategy):
 
     def _count(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Changes produced and dropped so far by each source: a program on a CPU."""
-        for look in self._looks:
-            look()
+        for read in self._count_readers:
+            read()
         return self._counts.sum(axis=1), self._drops.copy()
 
     def _dropped(self) -> int:
         """Changes dropped so far by all together: asked after every read, so at the least cost."""
-        for look in self._looks:
-            look()
+        for read in self._count_readers:
+            read()
         drops = self._drops.tobytes()
         if drops != self._drops_were:
             self._drops_were, self._drops_in_all = drops, int(self._drops.sum())
@@ -223,7 +223,7 @@ class RingEvents(Strategy):
         words = events.view(np.uint64).reshape(len(events), -1)
         who = words[:, _WHO_AT] & _WHO
         seq = words[:, 0].view(np.int64)
-        cpus = len(self._counts) // len(self._looks)
+        cpus = len(self._counts) // len(self._count_readers)
         if (who == who[0]).all():
             source = int(events["program"][0]) * cpus + int(events["cpu"][0])
             return self._number_one(source, seq, events["dropped"])

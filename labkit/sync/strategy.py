@@ -161,6 +161,8 @@ class Strategy(Closing, ABC):
         ------
         BadInput
             The timeout is no bound, or nothing is attached.
+        SharedRing
+            Somebody else reads the ring of events too: nobody can tell any more what was lost.
         """
         if self._replica is None or self._closed:
             raise self._unusable()

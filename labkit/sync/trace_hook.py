@@ -15,9 +15,10 @@ from labkit.errors import BadInput, Unavailable
 from labkit.kernel import libbpf, programs
 from labkit.kernel.btf import member_offset
 from labkit.kernel.closing import Closing
+from labkit.kernel.compiler import LoadFailed
 from labkit.kernel.libbpf import AttachType, MapKind, ProgramKind
 from labkit.kernel.maps import OF_MAPS, PER_CPU, Map
-from labkit.kernel.programs import Function, LoadFailed, Unit
+from labkit.kernel.programs import BpfObject, Program
 from labkit.kernel.ringbuf import wakeup_constants
 from labkit.sync.changes import ChangeKind, Changes
 from labkit.sync.ring_events import MOST_EVENTS, Channel, RingEvents
@@ -172,9 +173,9 @@ class Hooks(Closing):
         self.mechanism = best_mechanism() if mechanism is None else mechanism
         self.channel, self.map_id = channel, table.id
         self.refused: dict[str, str] = {}
-        self._functions: dict[str, Function] = {}
-        self._places: list[tuple[Unit, Function, str | None]] = []
-        self._held: list[tuple[Unit, int]] = []
+        self._programs: dict[str, Program] = {}
+        self._places: list[tuple[BpfObject, Program, str | None]] = []
+        self._held: list[tuple[BpfObject, int]] = []
         dtype, at = table.value_dtype, 0
         if dtype.fields is not None and version in dtype.fields:
             dtype, at = dtype.fields[version][:2]
@@ -216,22 +217,22 @@ class Hooks(Closing):
             The kernel refuses.
         """
         if not self._held:
-            for unit, function, where in self._places:
-                self._held.append((unit, unit.attach(function, where)))
+            for unit, program, where in self._places:
+                self._held.append((unit, unit.attach(program, where)))
 
-    def _hook(self, unit: Unit, function: Function, where: str | None = None) -> None:
-        self._held.append((unit, unit.attach(function, where)))
-        self._places.append((unit, function, where))
+    def _hook(self, unit: BpfObject, program: Program, where: str | None = None) -> None:
+        self._held.append((unit, unit.attach(program, where)))
+        self._places.append((unit, program, where))
 
     @property
     def hooked(self) -> tuple[str, ...]:
         """The kernel functions or tracepoints that are hooked."""
-        return tuple(self._functions)
+        return tuple(self._programs)
 
     def missed(self) -> int:
         """How often the kernel skipped one of the programs, because it ran on that CPU already."""
         return sum(
-            libbpf.prog_info(function.fd).recursion_misses for function in self._functions.values()
+            libbpf.prog_info(program.fd).recursion_misses for program in self._programs.values()
         )
 
     def _hook_syscalls(self, constants: dict[str, int], max_entries: int) -> None:
@@ -248,11 +249,11 @@ class Hooks(Closing):
             )
         )
         try:
-            function = unit.function("on_return", hook="tp_btf:sys_exit")
-            self._hook(unit, function)
+            loaded = unit.program("on_return", hook="tp_btf:sys_exit")
+            self._hook(unit, loaded)
         except LoadFailed as error:
             raise Unavailable(f"This kernel refuses the hook on bpf(2): {error}") from error
-        self._functions["sys_exit"] = function
+        self._programs["sys_exit"] = loaded
 
     def _hook_functions(self, constants: dict[str, int], kind: MapKind) -> None:
         by_kprobe = self.mechanism == "kprobes"
@@ -264,11 +265,11 @@ class Hooks(Closing):
                 continue  # what was taken is known only when the function returns
             try:
                 if by_kprobe:
-                    function = unit.function(program, ProgramKind.KPROBE)
-                    self._hook(unit, function, name)
+                    loaded = unit.program(program, ProgramKind.KPROBE)
+                    self._hook(unit, loaded, name)
                 else:
-                    function = unit.function(program, hook=f"fexit:{name}")
-                    self._hook(unit, function)
+                    loaded = unit.program(program, hook=f"fexit:{name}")
+                    self._hook(unit, loaded)
             except LoadFailed as error:
                 self.refused[name] = str(error).removesuffix(".")
                 if program.startswith("on_update"):
@@ -277,11 +278,11 @@ class Hooks(Closing):
                         "mechanism='syscalls', which sees no change that a program makes."
                     ) from error
             else:
-                self._functions[name] = function
+                self._programs[name] = loaded
 
     def close(self) -> None:
         """Unhook everything; safe to call twice."""
-        self._functions, self._places, self._held = {}, [], []
+        self._programs, self._places, self._held = {}, [], []
         self._open.close()
 
 
@@ -304,7 +305,7 @@ class TraceHook(RingEvents):
     mechanism : str, optional
         One of `MECHANISMS`; by default `best_mechanism`.
     pull_s : float or None
-        From one look at the whole map to the next, seconds; None: never, so that what the hooks do
+        From one read of the whole map to the next, seconds; None: never, so that what the hooks do
         not see stays unseen.
     ring_bytes : int
         Size of the ring that the events pass; a power of two and whole pages.
@@ -329,7 +330,7 @@ class TraceHook(RingEvents):
     --------
     >>> import subprocess, sys
     >>> from labkit.kernel.libbpf import MapKind
-    >>> stranger = '''
+    >>> foreign_writer = '''
     ... import ctypes, sys
     ... lib = ctypes.CDLL("libbpf.so.1")
     ... fd = lib.bpf_map_get_fd_by_id(int(sys.argv[1]))
@@ -341,7 +342,7 @@ class TraceHook(RingEvents):
     ...     TraceHook() as strategy,
     ... ):
     ...     replica = strategy.attach(Map.from_id(table.id))
-    ...     done = subprocess.run([sys.executable, "-c", stranger, str(table.id)])
+    ...     done = subprocess.run([sys.executable, "-c", foreign_writer, str(table.id)])
     ...     for changes in strategy.changes(for_s=1):
     ...         break
     ...     [(int(row["key"]), int(row["version"])) for row in changes]

@@ -15,7 +15,7 @@ import nbformat
 import pytest
 
 from labkit.kernel import objects
-from labkit.live import CHOICES
+from labkit.lab.live import CHOICES
 from tests.browser.chromium import CONTROL, SHIFT, Browser
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("kernel")]
@@ -190,7 +190,7 @@ def test_a_run_by_keyboard_and_nothing_left_when_the_kernel_is_killed(
         browser.press("Enter", SHIFT)
         panel.wait_until_run(place)
     panel.wait_for("message", "Ready.")
-    assert not family_named("labkit.worker"), "nothing runs until it is asked for"
+    assert not family_named("labkit.lab.worker"), "nothing runs until it is asked for"
 
     # Every control has a label, and Tab goes through them in order.
     passed = panel.tab_to("Stop")
@@ -202,7 +202,7 @@ def test_a_run_by_keyboard_and_nothing_left_when_the_kernel_is_killed(
     panel.enter("Ring size (B)", "5000")
     panel.press("Run", "Enter")
     panel.wait_for("message", "power of two")
-    assert not family_named("labkit.worker")
+    assert not family_named("labkit.lab.worker")
 
     panel.back_to("events")
     panel.enter("Rate (changes/s)", "20000")
@@ -225,13 +225,13 @@ def test_a_run_by_keyboard_and_nothing_left_when_the_kernel_is_killed(
         "a cell to run beside the panel",
         within_s=5,
     )
-    assert family_named("labkit.worker"), "it goes on"
+    assert family_named("labkit.lab.worker"), "it goes on"
 
     browser.run("document.querySelector('.widget-toggle-button').focus()")
     panel.press("Stop", " ")
     panel.wait_for("message", "Saved as")
     first = browser.until(panel.figure, "the figure")
-    assert not family_named("labkit.worker")
+    assert not family_named("labkit.lab.worker")
     saved = list((tmp_path / "runs" / "live-load").glob("*/run.json"))
     assert len(saved) == 1 and saved[0].parent.name in panel.text("message")
     browser.screenshot("panel-figure")
@@ -255,7 +255,7 @@ def test_a_run_by_keyboard_and_nothing_left_when_the_kernel_is_killed(
     panel.back_to("events")
     panel.press("Run", "Enter")
     panel.wait_for("message", "Running.", within_s=60)
-    workers = family_named("labkit.worker")
+    workers = family_named("labkit.lab.worker")
     held = objects.snapshot().owned_by(workers)
     assert held.maps and held.programs
     (kernel,) = family_named("ipykernel_launcher")

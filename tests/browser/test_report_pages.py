@@ -1,13 +1,19 @@
-"""The report in a browser: readable on a phone, its claims filtered and sorted."""
+"""The report without BPF: whole, and in a browser readable on a phone, filtered and sorted."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from labkit import verdicts
-from labkit.analysis.claims import FALSE
+from labkit.judge.claims import FALSE
+from labkit.lab import verdicts
+from labkit.lab.catalogue import catalogue
+from labkit.runs import RECORDED
 from tests.browser.chromium import Browser
 
 pytestmark = pytest.mark.timeout(700)  # the first to ask for the report waits until it is made
@@ -22,6 +28,31 @@ TOO_WIDE = """
   return one.getBoundingClientRect().right > innerWidth + 1;
 }).map(one => one.outerHTML.slice(0, 120))
 """
+
+
+@pytest.fixture(scope="module")
+def report_without_bpf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make the whole report as somebody without privilege, and so from recorded runs."""
+    folder = tmp_path_factory.mktemp("without_bpf") / "reports"
+    command = [sys.executable, "-m", "labkit", "report", "--to", str(folder)]
+    if os.geteuid() == 0:
+        command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "Not live: " in ended.stderr
+    return folder
+
+
+def test_without_bpf_the_report_stands_on_recorded_runs(report_without_bpf: Path) -> None:
+    """No privilege, no BPF: every experiment is shown all the same, and how to make it live."""
+    index = (report_without_bpf / "index.html").read_text()
+    shown = set(re.findall(r"#cell-id=exp[^>]*>([a-z0-9-]+)</a>", index))
+    assert shown == set(catalogue())
+    # A Go map needs no BPF, so it is live here too; the benchmark is in no notebook.
+    recorded = {run.parent.name for run in RECORDED.glob("*/quick/*/run.json")}
+    standing_in = [id for id, one in catalogue().items() if "bpf" in one.needs and id in recorded]
+    assert index.count(">recorded on ") >= len(standing_in) > 0
+    assert "run as root" in index and "Not everything was measured on this machine" in index
 
 
 @pytest.mark.parametrize("width", WIDTHS)

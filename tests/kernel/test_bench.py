@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from labkit.analysis.checkers import accounting
 from labkit.errors import BadInput
-from labkit.measure import measure
+from labkit.judge.checkers import accounting
+from labkit.lab.measure import measure
+from labkit.load.workload import WRITERS, Generations, Load
 from labkit.sync.double_map import DoubleMap
 from labkit.sync.hybrid import Hybrid
 from labkit.sync.poll import Poll
 from labkit.sync.ring_events import RingEvents
 from labkit.sync.trace_hook import TraceHook
-from labkit.workload import WRITERS, Generations, Load
 
 pytestmark = [
     pytest.mark.usefixtures("kernel"),
@@ -72,7 +72,7 @@ def test_generations_are_accounted_for_and_come_whole(
             assert stats.delivered + stats.coalesced == stats.produced and not stats.dropped
             assert (trace.seen_ns >= trace.start_ns).all()
             assert (trace.start_ns >= trace.intended_ns).all(), "nothing is published early"
-            assert trace.looks > 0 and trace.mixed == 0
+            assert trace.reads > 0 and trace.mixed == 0
             assert trace.map_bytes > 0 and trace.replica_bytes == 7 * (16 + value_bytes)
     with pytest.raises(BadInput, match="at least one switch"), Generations(8, keys=1) as load:
         load.run(DoubleMap(), rate=1, switches=0)
@@ -99,10 +99,11 @@ def test_bad_orders_are_refused() -> None:
 def test_a_benchmark_that_was_killed_goes_on_with_what_it_had(tmp_path: Path) -> None:
     changed = {
         "rates": [2_000, 20_000], "sizes": [8], "saturation": [100_000], "switched": [4_000],
-        "switches": 5, "repetitions": 2, "seconds": 0.05, "warm_up_s": 0.005, "keys": 40,
+        "switches": 5, "rounds": 2, "others_every": 1, "seconds": 0.05,
+        "warm_up_s": 0.005, "keys": 40,
     }  # fmt: skip
     order = f"measure('sync-benchmark', changed={changed!r}, folder=Path({str(tmp_path)!r}))"
-    script = f"from pathlib import Path; from labkit.measure import measure; {order}"
+    script = f"from pathlib import Path; from labkit.lab.measure import measure; {order}"
     running = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
@@ -120,7 +121,7 @@ def test_a_benchmark_that_was_killed_goes_on_with_what_it_had(tmp_path: Path) ->
     continued = run.provenance["continued"]
     assert isinstance(continued, dict) and continued["parts_before"] >= 5
     cells = run.table("cells")
-    assert (cells.groupby("cell")["repetition"].nunique() == 2).all()
-    assert not cells.duplicated(["cell", "repetition"]).any()
+    assert (cells.groupby("cell")["round"].nunique() == 2).all()
+    assert not cells.duplicated(["cell", "round"]).any()
     assert (cells["produced"] == cells["operations"]).all() and (cells["unseen"] == 0).all()
-    assert set(run.table("floor")["repetition"]) == {0, 1}
+    assert set(run.table("floor")["round"]) == {0, 1}

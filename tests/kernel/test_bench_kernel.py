@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit import bench_kernel
+from experiments.bench import bench_kernel
 from labkit.kernel.parallel import cpus
 
 pytestmark = pytest.mark.outside_vm("compares speeds, which an emulated CPU distorts")
@@ -69,11 +69,9 @@ def bench(require_feature: Callable[[str], None], tmp_path: Path) -> Iterator[Be
     for feature in ("two_cpus", "ringbuf", "batch_hash", "gcc"):
         require_feature(feature)
     with subprocess.Popen(
-        [sys.executable, "-m", "labkit.bench_kernel", "--folder", str(tmp_path)],
+        [sys.executable, "-m", "labkit", "bench", "kernel", "--folder", str(tmp_path)],
         stderr=subprocess.PIPE,
         text=True,
-        # A shell that runs the tests in its background has it ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as running:
         assert running.stderr is not None
         while "round 1" not in (line := running.stderr.readline()):

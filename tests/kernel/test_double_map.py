@@ -19,8 +19,8 @@ from labkit.kernel import libbpf, programs
 from labkit.kernel.libbpf import MapKind, ProgramKind
 from labkit.kernel.maps import Map, NotPermitted, PartialBatch
 from labkit.kernel.parallel import Child, another_cpu, shared_array, together
-from labkit.kernel.programs import Unit
-from labkit.measure import patience
+from labkit.kernel.programs import BpfObject
+from labkit.lab.measure import patience
 from labkit.sync import double_map
 from labkit.sync.double_map import (
     DoubleMap,
@@ -305,14 +305,14 @@ KINDS = {"ordinary": ProgramKind.TC, "sleepable": ProgramKind.SYSCALL}
 
 
 @contextmanager
-def readers() -> Iterator[Unit]:
+def readers() -> Iterator[BpfObject]:
     """Programs that take some ten milliseconds to read a table: longer than an idle switch."""
     with programs.load("double_map", KEYS=SLOW_KEYS, WORK_BYTES=1 << 22) as unit:
         yield unit
 
 
 def swept(
-    unit: Unit,
+    unit: BpfObject,
     function: str,
     kind: ProgramKind,
     change: Callable[[int], object],
@@ -326,7 +326,7 @@ def swept(
     There are so many sweeps, and some of what is named by ``least``, however long it takes.
     Between two changes ``between`` sweeps end.
     """
-    program = unit.function(function, kind)
+    program = unit.program(function, kind)
     counts, ended = unit.map("counts"), Event()
     counts.update(0, (0,) * 5)
     done = 0

@@ -96,7 +96,7 @@ def test_kill_9_in_the_middle_of_an_experiment(victim: str, tmp_path: Path) -> N
         os.kill(said["worker"] if victim == "worker" else command.pid, signal.SIGKILL)
         wait_until_nothing_is_left(said, before)
         if victim == "worker":
-            assert command.wait(GONE_WITHIN_S) == 1
+            assert command.wait(GONE_WITHIN_S) == 4
 
 
 def test_ctrl_c_in_the_middle_of_an_experiment(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def write_notebook(folder: Path, *cells: str) -> None:
     parameters = new_code_cell(f'profile = "full"\nruns_folder = {str(folder / "runs")!r}')
     parameters.metadata["tags"] = ["parameters"]
     begin = (
-        "from labkit.notebook import Investigation\n"
+        "from labkit.lab.notebook import Investigation\n"
         "lab = Investigation('toys', profile=profile, runs_folder=runs_folder)"
     )
     notebook = new_notebook(
@@ -128,16 +128,17 @@ def write_notebook(folder: Path, *cells: str) -> None:
 def report(books: Path, folder: Path) -> list[str]:
     """The command that makes a report of other notebooks than the lab's."""
     script = (
-        "import sys; from pathlib import Path; from labkit import __main__, report; "
+        "import sys; from pathlib import Path; from labkit import __main__; "
+        "from labkit.lab import report; "
         f"report.make_report.__kwdefaults__['notebooks'] = Path({str(books)!r}); "
-        f"sys.exit(__main__.main(['report', '--folder', {str(folder)!r}]))"
+        f"sys.exit(__main__.main(['report', '--to', {str(folder)!r}]))"
     )
     return [sys.executable, "-c", script]
 
 
 # Writes what the worker says to a file: a notebook's own output is not to be had from outside.
 TELLS = (
-    "from labkit import notebook\n"
+    "from labkit.lab import notebook\n"
     "def say(self, words): open({file!r}, 'a').write(words)\n"
     "notebook._Progress.say = say\n"
     "import os; open({file!r}, 'w').write(f'kernel {{os.getpid()}} ')\n"
@@ -148,6 +149,8 @@ TELLS = (
 @pytest.mark.parametrize("victim", ["kernel", "report", "ctrl-c"])
 def test_kill_in_the_middle_of_a_notebook(victim: str, tmp_path: Path) -> None:
     before, file = mounts(), tmp_path / "said"
+    folders = Path(tempfile.gettempdir())
+    connections = set(folders.glob("tmp*.json"))  # where Jupyter puts them unless it is told
     write_notebook(tmp_path / "books", TELLS.format(file=str(file)))
     with running(report(tmp_path / "books", tmp_path / "reports")) as making:
         wait_for(lambda: file.exists() and "map" in file.read_text(), "nothing was measured")
@@ -162,8 +165,8 @@ def test_kill_in_the_middle_of_a_notebook(victim: str, tmp_path: Path) -> None:
         wait_until_nothing_is_left(told(words), before)
         status = making.wait(2 * GONE_WITHIN_S)
         wait_for(lambda: not alive(kernel), "the notebook's kernel runs on")
-        folders = Path(tempfile.gettempdir())
         wait_for(lambda: not list(folders.glob(f"labkit-{making.pid}-*")), "its sockets stay")
+        assert set(folders.glob("tmp*.json")) == connections
         index = tmp_path / "reports" / "index.html"
         if victim == "kernel":
             assert status == 1 and "Its kernel process died" in index.read_text()
@@ -202,7 +205,7 @@ def test_a_full_disk_is_told_and_nothing_is_half_written(tmp_path: Path) -> None
     outcome = ended(
         in_mounts(f"mount -t tmpfs -o size=40m tmpfs {disk}", ["sh", "-c", keeps, "sh", *inner])
     )
-    assert outcome.returncode == 1
+    assert outcome.returncode == 4
     last = outcome.stderr.splitlines()[-1]
     assert last.startswith("The report could not be written") and "No space left" in last
     assert "Traceback" not in outcome.stderr
@@ -216,12 +219,12 @@ def test_a_useless_disk_is_told_before_anything_runs(option: str, tmp_path: Path
     write_notebook(tmp_path / "books", f"open({str(tmp_path / 'ran')!r}, 'w')")
     inner = report(tmp_path / "books", disk / "reports")
     outcome = ended(in_mounts(f"mount -t tmpfs -o {option} tmpfs {disk}", inner))
-    assert outcome.returncode == 1 and outcome.stderr.count("\n") == 1
+    assert outcome.returncode == 4 and outcome.stderr.count("\n") == 1
     assert "The report could not be written" in outcome.stderr
     assert not (tmp_path / "ran").exists()
     run = [*COMMAND, "run", "toy-counts", "--folder", str(disk / "runs")]
     outcome = ended(in_mounts(f"mount -t tmpfs -o {option} tmpfs {disk}", run))
-    assert outcome.returncode == 1 and "saved" in outcome.stderr.splitlines()[-1]
+    assert outcome.returncode == 4 and "saved" in outcome.stderr.splitlines()[-1]
     assert "Traceback" not in outcome.stderr
 
 
@@ -237,7 +240,7 @@ def test_missing_headers_are_told(tmp_path: Path) -> None:
         in_mounts(hides or "true", run), capture_output=True, text=True, timeout=120, check=False,
         env=environment,
     )  # fmt: skip
-    assert outcome.returncode == 2 and "headers" in outcome.stderr
+    assert outcome.returncode == 3 and "headers" in outcome.stderr
     assert outcome.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -256,7 +259,7 @@ def test_unmounted_tracefs_and_bpffs_are_told_or_not_needed(tmp_path: Path) -> N
     for experiment in needing[:1]:
         run = [*COMMAND, "run", experiment, "--folder", str(tmp_path)]
         outcome = ended(in_mounts(unmounts, run))
-        assert outcome.returncode == 2 and "tracefs" in outcome.stderr
+        assert outcome.returncode == 3 and "tracefs" in outcome.stderr
         assert outcome.stderr.count("\n") == 1
 
 

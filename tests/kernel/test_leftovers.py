@@ -42,6 +42,10 @@ with contextlib.ExitStack() as stack:
             helper = subprocess.Popen(["sleep", "600"])
             stack.enter_context(leftovers.helper_process(helper.pid))
             print(f"/proc/{helper.pid}")
+        elif kind == "own_group":
+            stack.enter_context(leftovers.own_group())
+            helper = subprocess.Popen(["sh", "-c", "sleep 600 & echo /proc/$!; exit"])
+            helper.wait()
     guardian = leftovers._this_process()._guardian
     print(guardian.pid, flush=True)
     sys.stdin.read()
@@ -58,6 +62,7 @@ class Owner:
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+            process_group=0,
         )
         lines = [self._line() for _ in range(len(kinds) + 1)]
         self.made = [Path(line) for line in lines[:-1]]
@@ -164,6 +169,27 @@ def test_clean_heals_where_the_guardian_was_killed_too(owner: Callable[..., Owne
     text = "\n".join(said)
     for path in killed.made:
         assert path.name in text
+
+
+@pytest.mark.parametrize("by", ["guardian", "clean", "the end of the block"])
+def test_what_a_process_started_ends_with_it(by: str, owner: Callable[..., Owner]) -> None:
+    ending = owner("own_group")
+    (grandchild,) = ending.made
+    said: list[str] = []
+    if by == "the end of the block":
+        assert ending.process.stdin is not None
+        ending.process.stdin.close()
+        assert ending.process.wait(GONE_WITHIN_S) == 0
+        assert gone(grandchild)
+        return
+    if by == "clean":
+        os.kill(ending.guardian, signal.SIGKILL)
+    ending.kill()
+    if by == "clean":
+        assert not gone(grandchild)
+        assert clean(said.append) >= 1
+        assert any(f"process group {ending.process.pid} " in words for words in said)
+    wait_until(lambda: gone(grandchild))
 
 
 def test_clean_leaves_the_living_alone(owner: Callable[..., Owner]) -> None:
@@ -294,6 +320,7 @@ def test_a_damaged_or_foreign_ledger_is_harmless(
     precious.mkdir()
     dead = subprocess.Popen(["true"])
     dead.wait()
+    leader = subprocess.Popen(["sleep", "600"], process_group=0)
     (tmp_path / "ledgers" / "1-1.json").write_text("{")
     leftovers._write_ledger(
         tmp_path / "ledgers" / "2-2.json",
@@ -302,10 +329,14 @@ def test_a_damaged_or_foreign_ledger_is_harmless(
         [
             leftovers._Thing("folder", str(precious)),
             leftovers._Thing("process", str(os.getpid()), started=1),  # an id used again
+            leftovers._Thing("group", str(leader.pid), started=1),
         ],
     )
     said: list[str] = []
     clean(said.append)
     assert precious.exists()
+    assert leader.poll() is None
+    leader.kill()
+    leader.wait()
     assert "damaged" in said[0]
     assert not (tmp_path / "ledgers").exists()

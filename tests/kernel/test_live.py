@@ -8,8 +8,8 @@ from itertools import count
 import numpy as np
 import pytest
 
-from labkit import live
-from labkit.comparisons.sync_benchmark import DOUBLE_MAP
+from labkit.lab import live
+from labkit.load.strategies import DOUBLE_MAP
 
 pytestmark = [
     pytest.mark.usefixtures("kernel"),

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from labkit.kernel import libbpf, objects, tools, trials
+from labkit.kernel import libbpf, tools, trials
 from labkit.kernel.libbpf import MapKind, ProgramKind
 from labkit.kernel.objects import Objects, difference, family, snapshot
 from labkit.kernel.parallel import Child
@@ -182,22 +182,6 @@ def test_objects_that_vanish_meanwhile_are_no_error() -> None:
         child.result(60)
 
 
-def test_tables_have_a_row_per_object_and_the_documented_columns(closing: ExitStack) -> None:
-    before = snapshot()
-    map_fd = make_map(closing, "labkit_table")
-    program = make_program(closing, map_fd)
-    found = ours(before)
-    maps, programs = objects.maps_table(found), objects.programs_table(found)
-    assert list(maps["name"]) == ["labkit_table"]
-    assert list(maps["used_by"]) == [(libbpf.prog_info(program).id,)]
-    assert list(programs["map_ids"]) == [(libbpf.map_info(map_fd).id,)]
-    assert list(programs["attached"]) == [()]
-    assert objects.links_table(found).empty
-    assert {"id", "kind", "program_id", "target", "processes"} <= set(
-        objects.links_table(found).columns
-    )
-
-
 def test_a_program_on_a_perf_event_is_attached_without_a_link(
     closing: ExitStack, require_feature: Callable[[str], None]
 ) -> None:
@@ -214,5 +198,4 @@ def test_a_program_on_a_perf_event_is_attached_without_a_link(
     (attachment,) = found.perf_attachments
     assert (attachment.pid, attachment.program_id) == (os.getpid(), program_id)
     assert (attachment.kind, attachment.target) == ("tracepoint", "sys_enter_getppid")
-    (attached,) = objects.programs_table(found)["attached"]
-    assert attached == ("tracepoint sys_enter_getppid",)
+    assert found.attached(program_id) == ("tracepoint sys_enter_getppid",)

@@ -54,12 +54,12 @@ def test_the_answer_on_fentry_is_the_kernels_own() -> None:
         os.close(fd)
 
 
-def test_the_doctor_agrees_with_the_table() -> None:
+def test_the_doctor_agrees_with_the_features() -> None:
     text, status = probe.doctor(json=True)
     report = json.loads(text)
-    table = probe.table().set_index("feature")
-    assert {one["name"]: one["works"] for one in report["features"]} == dict(table["works"])
-    assert report["ready"] is bool(table.loc[table["essential"], "works"].all())
+    works = {one.name: one.works for one in probe.features()}
+    assert {one["name"]: one["works"] for one in report["features"]} == works
+    assert report["ready"] is all(works[name] for name in probe.essential())
     assert status == (0 if report["ready"] else 1)
     shown, same_status = probe.doctor()
     assert same_status == status
@@ -103,7 +103,7 @@ def test_a_trial_leaves_the_environment_of_its_caller_alone() -> None:
 
 def test_bcc_gets_headers(require_feature: Callable[[str], None]) -> None:
     require_feature("compile")
-    bcc = probe.prepare_bcc()
+    bcc = tools.prepare_bcc()
     assert hasattr(bcc, "BPF")
     folder = tools.headers_folder()
     assert folder.exists()
@@ -113,7 +113,7 @@ def test_bcc_gets_headers(require_feature: Callable[[str], None]) -> None:
 
 def test_a_redis_server_is_what_it_says(require_feature: Callable[[str], None]) -> None:
     require_feature("redis-server")
-    executable, name = probe.redis_server_command()
+    executable, name = tools.redis_server_command()
     done = subprocess.run(
         [name, "--version"], executable=executable, capture_output=True, text=True, check=True
     )

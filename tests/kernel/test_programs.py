@@ -10,14 +10,14 @@ import pytest
 
 from labkit.errors import BadInput
 from labkit.kernel import libbpf, programs
+from labkit.kernel.compiler import LoadFailed
 from labkit.kernel.libbpf import ProgramKind
 from labkit.kernel.parallel import together
-from labkit.kernel.programs import LoadFailed
 
 
 def test_a_program_runs_in_place_on_two_cpus_at_once() -> None:
     with programs.load("self_test", RETURNED=3) as unit:
-        count = unit.function("count_runs")
+        count = unit.program("count_runs")
         first, second = together(
             lambda: count.test_run(repeat=20_000), lambda: count.test_run(repeat=20_000)
         )
@@ -27,7 +27,7 @@ def test_a_program_runs_in_place_on_two_cpus_at_once() -> None:
 
 def test_a_sleepable_program_changes_its_context() -> None:
     with programs.load("self_test", RETURNED=5) as unit:
-        answer = unit.function("answer", ProgramKind.SYSCALL)
+        answer = unit.program("answer", ProgramKind.SYSCALL)
         context = np.array([41, 0], np.uint64)
         assert answer.test_run(context=context).value == 5
         assert context[0] == 42
@@ -45,7 +45,7 @@ def test_a_map_knows_its_layout_from_btf() -> None:
 
 def test_a_raw_tracepoint_runs_until_detached() -> None:
     with programs.load("self_test", RETURNED=0) as unit:
-        count = unit.function("count_runs", ProgramKind.RAW_TRACEPOINT)
+        count = unit.program("count_runs", ProgramKind.RAW_TRACEPOINT)
         runs = unit.map("runs")
         held = unit.attach(count, "sys_enter")
         for _ in range(101):
@@ -58,7 +58,7 @@ def test_a_raw_tracepoint_runs_until_detached() -> None:
 
 def test_closing_leaves_nothing() -> None:
     with programs.load("self_test", RETURNED=0) as unit:
-        program, table = unit.function("count_runs").id, unit.map("runs").id
+        program, table = unit.program("count_runs").id, unit.map("runs").id
         assert program in libbpf.ids("prog") and table in libbpf.ids("map")
     unit.close()
     # The kernel frees a program, and with it the maps that it holds, after a grace period.
@@ -78,16 +78,16 @@ def test_refusals_are_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:
         programs.load("self_test")
     with programs.load("self_test", RETURNED=0) as unit:
         with pytest.raises(LoadFailed, match="map_value_or_null"):
-            unit.function("never_verifies")
-        with pytest.raises(BadInput, match="no function"):
-            unit.function("no_such_function")
+            unit.program("never_verifies")
+        with pytest.raises(BadInput, match="no program"):
+            unit.program("no_such_function")
         with pytest.raises(BadInput, match="no map"):
             unit.map("no_such_map")
         with pytest.raises(BadInput, match="A hook is"):
-            unit.function("count_runs", hook="nonsense")
+            unit.program("count_runs", hook="nonsense")
         with pytest.raises(LoadFailed, match="no_such_function"):
-            unit.function("count_runs", hook="fentry:no_such_function")
-        count = unit.function("count_runs")
+            unit.program("count_runs", hook="fentry:no_such_function")
+        count = unit.program("count_runs")
         with pytest.raises(BadInput, match="does not attach"):
             unit.attach(count, "anything")
         with pytest.raises(BadInput, match="at least 1"):

@@ -15,7 +15,7 @@ from threading import Event
 import numpy as np
 import pytest
 
-from labkit.bench_kernel import EVENT, Produced, Producer
+from experiments.bench.bench_kernel import EVENT, Produced, Producer
 from labkit.errors import BadInput
 from labkit.kernel import libbpf, programs
 from labkit.kernel.libbpf import MapKind
@@ -127,7 +127,7 @@ def test_a_busy_record_holds_back_those_behind_it(ring: Map, consumer: Consumer)
         programs.load("ring_hold", RING_FD=ring.fd, HELD_FOR=held_for) as unit,
         RingReader(ring, EVENT, consumer=consumer) as reader,
     ):
-        hold, state, ended = unit.function("hold"), unit.map("state"), shared_array(1, "i8")
+        hold, state, ended = unit.program("hold"), unit.map("state"), shared_array(1, "i8")
         met = Event()
 
         def produce() -> None:
@@ -256,7 +256,7 @@ def test_another_size_is_refused_behind_what_is_right(
     ring: Map, consumer: Consumer, other: int
 ) -> None:
     with programs.load("ring_sizes", RING_FD=ring.fd, OTHER_BYTES=other) as unit:
-        unit.function("emit").test_run()
+        unit.program("emit").test_run()
         with RingReader(ring, EVENT, consumer=consumer) as reader:
             assert len(reader.read()) == 2
             for _ in range(2):

@@ -19,11 +19,11 @@ from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, another_cpu
 from labkit.kernel.pins import PinFolder
 from labkit.kernel.ringbuf import WAKEUPS
-from labkit.sync.event_writer import EventWriter, updates
+from labkit.load.event_writer import EventWriter, updates
+from labkit.load.steady_writer import SteadyWriter
 from labkit.sync.hybrid import Hybrid
 from labkit.sync.poll import Poll
 from labkit.sync.ring_events import COUNTS, Channel, RingEvents
-from labkit.sync.steady_writer import SteadyWriter
 from labkit.sync.strategy import Strategy
 
 pytestmark = pytest.mark.outside_vm("asks nothing of the kernel that differs between kernels")
@@ -58,7 +58,7 @@ def test_every_strategy_has_an_example(name: str) -> None:
 
 
 def test_a_map_is_attached_to_by_id_by_pin_and_as_a_table_of_bcc(kernel: None) -> None:
-    with programs.load("ring_table", ENTRIES=8) as unit, PinFolder() as pins:
+    with programs.load_by_bcc("ring_table", ENTRIES=8) as unit, PinFolder() as pins:
         table = unit.map("table")
         table.pin(pins.path("policy"))
         table.update(80, 1)

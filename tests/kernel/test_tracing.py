@@ -12,11 +12,11 @@ from labkit.kernel.tracing import printed_lines
 def test_our_lines_come_out_once_and_in_order() -> None:
     mark = f"MAP_UPD {os.getpid()} "
     with (
-        programs.load("printk_watch", ENTRIES=100, OWNER=os.getpid()) as unit,
+        programs.load("printk_watch", ENTRIES=100, OWNER_ID=os.getpid()) as unit,
         printed_lines(mark) as ours,
         printed_lines("MAP_UPD 0 ") as others,
     ):
-        program = unit.function("print_calls_on_new_keys")
+        program = unit.program("print_calls_on_new_keys")
         program.test_run(repeat=50)
         assert ours.read() == [f"{mark}{number}".encode() for number in range(1, 51)]
         assert ours.read() == []

@@ -10,10 +10,10 @@ import pytest
 
 from labkit.errors import BadInput, LabError
 from labkit.kernel import elf, libbpf, network, programs
+from labkit.kernel.compiler import LoadFailed
 from labkit.kernel.libbpf import ProgramKind
 from labkit.kernel.maps import NotPermitted
 from labkit.kernel.parallel import Child
-from labkit.kernel.programs import LoadFailed
 from labkit.kernel.sockets import GuardedSocket
 
 pytestmark = pytest.mark.usefixtures("kernel")
@@ -24,13 +24,13 @@ DENY = (2).to_bytes(4, "little")
 def test_a_guarded_socket_lets_in_what_the_program_lets_in() -> None:
     with programs.load("socket_policy") as unit, GuardedSocket() as traffic:
         assert traffic.send(3) == 3
-        guard = unit.function("guard", ProgramKind.SOCKET_FILTER)
+        guard = unit.program("guard", ProgramKind.SOCKET_FILTER)
         traffic.attach(guard)
         assert traffic.send(3) == 0
         unit.map("policy").update(0, 1)
         assert traffic.send(3) == 3
         with pytest.raises(BadInput, match="socket filter"):
-            traffic.attach(programs.Function("guard", ProgramKind.TC, guard.fd))
+            traffic.attach(programs.Program("guard", ProgramKind.TC, guard.fd))
 
 
 def test_an_own_network_carries_frames_and_ends_with_its_process(
@@ -64,21 +64,21 @@ def compiled(require_feature: Callable[[str], None]) -> bytes:
 
 def test_a_plain_object_runs_and_its_read_only_data_are_frozen(compiled: bytes) -> None:
     with elf.load("rodata_folded", compiled) as loaded:
-        assert loaded.function("obey_constant").test_run().value == 0
+        assert loaded.program("obey_constant").test_run().value == 0
         with pytest.raises(NotPermitted):
             loaded.map(".rodata", value="u4").update(0, 2)
         loaded.map(".data", value="u4").update(0, 2)
-        assert loaded.function("obey_variable").test_run().value == 0x5EED
-        instructions = libbpf.prog_instructions(loaded.function("obey_map").fd)
+        assert loaded.program("obey_variable").test_run().value == 0x5EED
+        instructions = libbpf.prog_instructions(loaded.program("obey_map").fd)
         assert instructions["code"][-1] == 0x95  # exit
-        for wrong in (loaded.map, loaded.function):
+        for wrong in (loaded.map, loaded.program):
             with pytest.raises(BadInput, match="no_such_one"):
                 wrong("no_such_one")
 
 
 def test_read_only_data_can_be_set_before_the_load(compiled: bytes) -> None:
     with elf.load("rodata_folded", compiled, {".rodata": DENY}) as loaded:
-        assert loaded.function("obey_constant").test_run().value == 0x5EED
+        assert loaded.program("obey_constant").test_run().value == 0x5EED
 
 
 @pytest.mark.parametrize("initial", [{".rodata": b"\2"}, {".nothing": DENY}])

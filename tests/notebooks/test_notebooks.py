@@ -1,4 +1,4 @@
-"""The notebooks of the lab: built alike, complete, clean, and whole without BPF."""
+"""The notebooks of the lab: built alike, complete and clean."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 import nbformat
 import pytest
 
-from labkit.analysis.runs import RECORDED
-from labkit.failures.experiment import catalogue
-from labkit.report import NOTEBOOKS
+from labkit.lab.catalogue import catalogue
+from labkit.lab.report import NOTEBOOKS
 
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
 MOST_LINES = 10
@@ -74,16 +73,3 @@ def test_every_experiment_is_in_one_notebook() -> None:
         id for file in FILES for cell in cells(file) for id in MEASURED.findall(cell.source)
     ]
     assert sorted(measured) == sorted(catalogue())
-
-
-@pytest.mark.timeout(700)
-def test_without_bpf_the_report_stands_on_recorded_runs(report_without_bpf: Path) -> None:
-    """No privilege, no BPF: every experiment is shown all the same, and how to make it live."""
-    index = (report_without_bpf / "index.html").read_text()
-    shown = set(re.findall(r"#cell-id=exp[^>]*>([a-z0-9-]+)</a>", index))
-    assert shown == set(catalogue())
-    # A Go map needs no BPF, so it is live here too; the benchmark is in no notebook.
-    recorded = {run.parent.name for run in RECORDED.glob("*/quick/*/run.json")}
-    standing_in = [id for id, one in catalogue().items() if "bpf" in one.needs and id in recorded]
-    assert index.count(">recorded on ") >= len(standing_in) > 0
-    assert "run as root" in index and "Not everything was measured on this machine" in index

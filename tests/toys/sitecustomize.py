@@ -2,6 +2,6 @@
 
 from pathlib import Path
 
-import labkit.failures
+import experiments
 
-labkit.failures.__path__.append(str(Path(__file__).parent / "experiments"))
+experiments.__path__.append(str(Path(__file__).parent / "experiments"))

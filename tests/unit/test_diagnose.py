@@ -1,4 +1,4 @@
-"""Remarks on maps, from facts that are made up: each is where it should be, and only there."""
+"""Diagnostics of maps, from facts that are made up: each is where it should be, and only there."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labkit.diagnose import Diagnosis, Facts, Remark, map_ids, padding, remarks
 from labkit.errors import BadInput
-from labkit.failures.experiment import catalogue
+from labkit.inspect.diagnose import Diagnosis, Diagnostic, MapState, diagnostics, map_ids, padding
 from labkit.kernel.libbpf import MapFlag
 from labkit.kernel.maps import Snapshot
 from labkit.kernel.objects import LinkObject, MapObject, Objects, ProgramObject
+from labkit.lab.catalogue import catalogue
 
 PADDED = np.dtype([("protocol", "u1"), ("address", "u4")], align=True)
 
@@ -33,17 +33,17 @@ def program(program_id: int, *map_ids: int) -> ProgramObject:
 def facts(
     *maps: MapObject, programs: tuple[ProgramObject, ...] = (), layout: str | np.dtype[Any] = "u4",
     value: str = "u8", keys: int = 0, **more: Any,
-) -> Facts:  # fmt: skip
-    """Facts about the first of the maps."""
+) -> MapState:  # fmt: skip
+    """State of the first of the maps."""
     seen = Objects({one.id: one for one in maps}, {one.id: one for one in programs})
     entries = Snapshot(np.zeros(keys, layout), np.zeros(keys, value), True, 0)
     usual = {"snapshot": entries, **more}
-    return Facts(maps[0].id, seen, np.dtype(layout), np.dtype(value), **usual)
+    return MapState(maps[0].id, seen, np.dtype(layout), np.dtype(value), **usual)
 
 
-def said(of: Facts) -> dict[str, str]:
-    """Weight of each remark, by the experiment that it names."""
-    return {one.experiment: one.weight for one in remarks(of)}
+def said(of: MapState) -> dict[str, str]:
+    """Weight of each diagnostic, by the experiment that it names."""
+    return {one.experiment: one.weight for one in diagnostics(of)}
 
 
 def test_a_map_that_a_program_reads_and_nothing_is_wrong_with() -> None:
@@ -57,7 +57,7 @@ def test_a_map_without_a_program_is_remarked_on() -> None:
 @pytest.mark.parametrize("mine", [(), (8,)])
 def test_the_program_reads_another_map_of_that_name(mine: tuple[int, ...]) -> None:
     users = (program(7, 1), *(program(one, 2) for one in mine))
-    found = list(remarks(facts(made(2), made(1), programs=users)))
+    found = list(diagnostics(facts(made(2), made(1), programs=users)))
     cause = next(one for one in found if one.weight == "cause")
     assert cause.experiment == "second-map-after-reload"
     assert "The older map 1 is called policy too, and program 7 filter uses it" in cause.says
@@ -96,7 +96,7 @@ def test_left_over_bytes_in_the_padding_of_keys_are_counted() -> None:
     entries = Snapshot(keys, np.zeros(3, "u8"), True, 0)
     table = made(1, kind="hash", key_size=8)
     with_dirt = facts(table, programs=(program(7, 1),), layout=PADDED, snapshot=entries)
-    (cause,) = (one for one in remarks(with_dirt) if one.experiment == "padded-key")
+    (cause,) = (one for one in diagnostics(with_dirt) if one.experiment == "padded-key")
     assert cause.weight == "cause"
     assert "1 of 3 keys have left-over bytes in the 3 bytes of padding" in cause.says
     assert said(facts(table, layout=PADDED, keys=3))["padded-key"] == "risk"
@@ -130,13 +130,13 @@ def test_slots_of_cpus_that_differ_are_counted() -> None:
     values = np.array([[1, 1], [1, 2]], "u8")
     entries = Snapshot(np.arange(2, dtype="u4"), values, True, 0)
     table = made(1, kind="percpu_array")
-    (one,) = remarks(facts(table, programs=(program(7, 1),), snapshot=entries))
+    (one,) = diagnostics(facts(table, programs=(program(7, 1),), snapshot=entries))
     assert "not alike in 1 of 2 entries" in one.says
 
 
 def test_a_lock_in_the_value_takes_the_place_of_torn_values() -> None:
     found = facts(made(1, value_size=64), programs=(program(7, 1),), locked=True)
-    (one,) = remarks(found)
+    (one,) = diagnostics(found)
     assert "BPF_F_LOCK" in one.do and "lock" in one.says
 
 
@@ -155,15 +155,15 @@ def test_causes_come_first_and_the_text_says_who_uses_it() -> None:
     link = LinkObject(3, "xdp", 7, "ifindex=2")
     of = facts(made(1, frozen=True, value_size=16, pids=(44,)), programs=(program(7, 1),))
     seen = Objects(of.objects.maps, of.objects.programs, {3: link}, (), {44: "agent"})
-    of = Facts(1, seen, of.key_dtype, of.value_dtype)
-    diagnosis = Diagnosis(of, tuple(sorted(remarks(of), key=lambda one: one.weight)))
+    of = MapState(1, seen, of.key_dtype, of.value_dtype)
+    diagnosis = Diagnosis(of, tuple(sorted(diagnostics(of), key=lambda one: one.weight)))
     text = str(diagnosis)
     assert diagnosis.has_cause and text.index("cause") < text.index("risk")
     assert "held by  agent[44]" in text
     assert "program 7 filter (xdp), attached: xdp ifindex=2" in text
     told = diagnosis.as_json()
     assert list(told["used_by"][0]["attached"]) == ["xdp ifindex=2"]
-    assert Remark(**told["remarks"][0]).weight == "cause"
+    assert Diagnostic(**told["diagnostics"][0]).weight == "cause"
     assert max(map(len, text.splitlines())) <= 100
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labkit.analysis.history import (
+from labkit.errors import BadInput
+from labkit.judge.history import (
     HISTORY,
     PENDING,
     Op,
@@ -21,7 +22,6 @@ from labkit.analysis.history import (
     placeable,
     to_frame,
 )
-from labkit.errors import BadInput
 
 
 def write(**columns: Any) -> Any:

@@ -14,12 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from labkit import live, panels
-from labkit.analysis import figures, runs
-from labkit.analysis.runs import Run
+from labkit import figures, runs
 from labkit.errors import BadInput
-from labkit.failures.experiment import say
-from labkit.live import Ended, Order, Progress, Session
+from labkit.figures.live_load import live_load
+from labkit.lab import live, panels
+from labkit.lab.experiment import say
+from labkit.lab.live import Ended, Order, Progress, Session
+from labkit.runs import Run
 
 WAIT_S = 60.0
 PROGRESS = Progress(1.5, 64_000.0, math.nan, 1_000, 900, 60, 40)
@@ -106,17 +107,18 @@ def until(met: Any) -> None:
         time.sleep(0.02)
 
 
-def work(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
+def work(monkeypatch: pytest.MonkeyPatch, instead: Any) -> None:
     """Let the session's worker call a function of this module instead of measuring."""
-    from labkit.worker import Worker
+    from labkit.lab.worker import Worker
 
-    def made(called: str, arguments: Any, **others: Any) -> Worker:
-        if called == "labkit.live:measured":
-            called = f"{__name__}:{function.__name__}"
-        return Worker(called, arguments, **others)
+    class Told(Worker):
+        def answer(self, function: str, arguments: Any, **others: Any) -> Any:
+            if function == "labkit.lab.live:measured":
+                function = f"{__name__}:{instead.__name__}"
+            return super().answer(function, arguments, **others)
 
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    monkeypatch.setattr(live, "Worker", made)
+    monkeypatch.setattr(live, "Worker", Told)
 
 
 def test_a_session_tells_saves_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,8 +209,10 @@ def test_every_control_has_a_label(shown: list[Any], tmp_path: Path) -> None:
 
 
 def test_the_figure_is_drawn_also_of_few_changes() -> None:
-    assert figures.picture(a_run()).startswith(b"\x89PNG")
+    assert figures.as_png(figures.draw(live_load, a_run())).startswith(b"\x89PNG")
     run = a_run()
     few = run.tables | live._summary(np.array([5, 6, 7]))
     few["windows"] = run.table("windows").assign(p50_ns=math.nan, p99_ns=math.nan)
-    assert figures.picture(Run(run.experiment, "quick", run.parameters, run.provenance, few))
+    assert figures.as_png(
+        figures.draw(live_load, Run(run.experiment, "quick", run.parameters, run.provenance, few))
+    )

@@ -12,12 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from labkit.analysis import findings
-from labkit.analysis.findings import Check, Finding
-from labkit.analysis.registry import Registry
-from labkit.analysis.runs import Run
-from labkit.failures.experiment import catalogue
 from labkit.kernel import probe
+from labkit.lab.catalogue import catalogue
 
 COMMAND = [sys.executable, "-m", "labkit"]
 
@@ -30,14 +26,8 @@ def labkit(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def in_process(toys: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let toy-counts be judged, and leave this process's signals alone."""
-    monkeypatch.setattr(findings, "_judges", Registry(findings.__name__, "finding"))
+    """Leave this process's signals alone."""
     monkeypatch.setattr(signal, "signal", lambda *arguments: None)
-
-    @findings.judges("toy-counts")
-    def toy_counts(run: Run) -> Finding:
-        lost = run.count("broken").anomalies
-        return Finding(run.experiment, f"{lost} lost.", (Check("some lost", lost < 9, str(lost)),))
 
 
 def main(*arguments: str) -> int:
@@ -52,7 +42,7 @@ def test_run_prints_counts_finding_and_place(
 ) -> None:
     assert main("run", "toy-counts", "--set", "lost=3", "--folder", str(tmp_path)) == 0
     said = capsys.readouterr()
-    assert "toy-counts holds: 3 lost." in said.out
+    assert "toy-counts holds: 3 <lost>." in said.out
     assert "broken" in said.out and "saved as" in said.out
     assert "losing 3" in said.err
     assert len(list(tmp_path.glob("toy-counts/*/run.json"))) == 1
@@ -73,7 +63,7 @@ def test_a_finding_that_fails_is_status_1(
 def test_several_are_run_and_the_worst_status_tells(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main("run", "toy-lacks", "toy-counts", "--folder", str(tmp_path)) == 2
+    assert main("run", "toy-lacks", "toy-counts", "--folder", str(tmp_path)) == 3
     said = capsys.readouterr()
     assert "toy-lacks: This kernel lacks toys: use one that has some." in said.err
     assert "toy-counts holds" in said.out
@@ -104,9 +94,25 @@ def test_misuse_is_one_sentence_and_status_2(
 @pytest.mark.usefixtures("toys")
 def test_no_traceback_reaches_the_user(tmp_path: Path) -> None:
     ended = labkit("run", "toy-lacks", "--folder", str(tmp_path))
-    assert (ended.returncode, ended.stdout) == (2, "")
+    assert (ended.returncode, ended.stdout) == (3, "")
     assert ended.stderr == "toy-lacks: This kernel lacks toys: use one that has some.\n"
     assert labkit("run", "toy-counts", "--profile", "slow").returncode == 2
+
+
+def test_an_error_of_the_lab_itself_is_a_sentence_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(name: str) -> None:
+        raise KeyError("no\nsuch")
+
+    monkeypatch.setattr(probe, "probe", broken)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    assert main("doctor") == 70
+    said = capsys.readouterr().err
+    assert said.startswith("This is an error of the lab itself (KeyError") and said.count("\n") == 1
+    monkeypatch.setenv("LABKIT_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        main("doctor")
 
 
 @pytest.mark.usefixtures("toys")

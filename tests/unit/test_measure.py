@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from labkit.analysis.runs import SaveFailed
 from labkit.errors import BadInput, LabError, TimedOut, Unavailable
-from labkit.measure import measure
+from labkit.lab.measure import measure
+from labkit.runs import SaveFailed
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -84,7 +84,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
 def test_an_emulated_cpu_gets_ten_times_as_long(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("labkit.measure.emulated", lambda: True)
+    monkeypatch.setattr("labkit.lab.measure.emulated", lambda: True)
     with pytest.raises(TimedOut, match="did not end within 1 s"):
         measure("toy-sleeps", folder=tmp_path, time_limit_s=0.1, say=lambda words: None)
 
@@ -140,7 +140,7 @@ def test_an_interrupt_ends_worker_and_helpers(tmp_path: Path) -> None:
 def test_nothing_outlives_a_killed_parent(tmp_path: Path) -> None:
     order = json.dumps(str(tmp_path))
     script = (
-        "from pathlib import Path; from labkit.measure import measure; "
+        "from pathlib import Path; from labkit.lab.measure import measure; "
         f"measure('toy-sleeps', folder=Path({order}))"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)

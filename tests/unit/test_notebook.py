@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
-from labkit import measure, notebook
-from labkit.analysis import figures, findings, runs
-from labkit.analysis.findings import Check, Finding, FindingFailed
-from labkit.analysis.registry import Registry
-from labkit.analysis.runs import Run
+from labkit import runs
 from labkit.errors import BadInput, LabError, Unavailable
-from labkit.failures.experiment import find
-from labkit.notebook import FINDING_MIME, KEY_FIGURE, Investigation
+from labkit.judge.findings import FindingFailed
+from labkit.lab import catalogue, driver, measure, notebook
+from labkit.lab.catalogue import find
+from labkit.lab.notebook import FINDING_MIME, KEY_FIGURE, Investigation
+from labkit.runs import Run
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -57,20 +56,13 @@ def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         folder: Path,
         time_limit_s: float | None,
         say: Callable[[str], None],
+        worker: object,
     ) -> Run:
         say("round 1 of 1")
-        return runs.load(runs.save(find(experiment).run(profile, changed), folder))
-
-    def judge(run: Run) -> Finding:
-        lost = run.count("broken").anomalies
-        return Finding(run.experiment, f"{lost} lost.", (Check("some lost", lost < 9, str(lost)),))
+        return runs.load(runs.save(driver.measured(find(experiment), profile, changed), folder))
 
     monkeypatch.setattr(measure, "measure", measured)
-    monkeypatch.setattr(findings, "_judges", Registry(findings.__name__, "finding"))
-    monkeypatch.setattr(figures, "_drawings", Registry(figures.__name__, "figure"))
-    for toy in ("toy-counts", "toy-lacks"):
-        findings.judges(toy)(judge)
-        figures.draws(toy)(figures.anomaly_rates)
+    monkeypatch.setattr(notebook, "Worker", lambda: None)
 
 
 def laboratory(tmp_path: Path, **changes: dict[str, Any]) -> Investigation:
@@ -107,7 +99,7 @@ def test_a_section_measures_draws_and_concludes(
     assert len(pictures) == 1 and pictures[0]["image/png"].startswith(b"\x89PNG")
     assert pictures[0]["metadata"][KEY_FIGURE] is True
     outcome = found(shown)["toy-counts"]
-    assert (outcome["state"], outcome["live"], outcome["sentence"]) == ("holds", True, "7 lost.")
+    assert (outcome["state"], outcome["live"], outcome["sentence"]) == ("holds", True, "7 <lost>.")
     assert outcome["kernel"] and outcome["run"] and not outcome["lacks"]
     assert "1 finding held on this kernel." in text(shown)
     assert "parameters of toy-counts: lost 7" in text(shown)
@@ -124,7 +116,7 @@ def test_what_fails_hides_nothing_and_is_named_in_the_end(
     assert str(caught.value).splitlines() == [
         "2 of 2 experiments failed (0 findings held on this kernel):",
         "- toy-raises: ZeroDivisionError: a bug in a toy",
-        "- toy-counts: 9 lost.",
+        "- toy-counts: 9 <lost>.",
     ]
     states = {id: outcome["state"] for id, outcome in found(shown).items()}
     assert states == {"toy-raises": "error", "toy-counts": "fails"}
@@ -140,7 +132,10 @@ def test_what_was_not_concluded_is_a_failure(tmp_path: Path, shown: list[dict[st
 def test_a_figure_that_fails_is_a_failure(
     tmp_path: Path, shown: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figures, "_drawings", Registry(figures.__name__, "figure"))
+    def draw(run: Run, of: str) -> NoReturn:
+        raise BadInput(f"There is no figure of {run.experiment}.")
+
+    monkeypatch.setattr(notebook, "draw", draw)
     lab = laboratory(tmp_path)
     section(lab, "toy-counts")
     assert found(shown)["toy-counts"]["state"] == "error"
@@ -151,14 +146,16 @@ def test_a_figure_that_fails_is_a_failure(
 def test_a_recorded_run_stands_in_and_is_marked(
     tmp_path: Path, shown: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = find("toy-counts").run("quick")
+    run = driver.measured(find("toy-counts"))
     for kernel in ("6.1.0-25-amd64", "6.18.44"):
         facts = run.provenance | {"kernel": kernel}
         stand_in = replace(run, experiment="toy-lacks", provenance=facts)
         runs.record(stand_in, tmp_path / "data")
-    known = runs.recorded
+    known = catalogue.recorded
     monkeypatch.setattr(
-        runs, "recorded", lambda id, *, profile: known(id, profile=profile, data=tmp_path / "data")
+        notebook,
+        "recorded",
+        lambda id, *, profile: known(id, profile=profile, data=tmp_path / "data"),
     )
     lab = laboratory(tmp_path)
     section(lab, "toy-lacks")

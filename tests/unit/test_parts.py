@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,13 +18,13 @@ import pytest
 from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_notebook
 
-from labkit.analysis.runs import SaveFailed
 from labkit.errors import TimedOut
-from labkit.failures import parts
-from labkit.failures.parts import UNFINISHED, Parts
-from labkit.failures.progress import Meter
 from labkit.kernel.parallel import Child
-from labkit.measure import measure
+from labkit.lab import parts
+from labkit.lab.measure import measure
+from labkit.lab.parts import UNFINISHED, Parts
+from labkit.lab.progress import Meter
+from labkit.runs import SaveFailed
 
 FACTS = {"kernel": "6.18.44", "recorded_at": "now", "load": [1.0], "code": {"digest": "abc"}}
 NAPS = 12
@@ -213,7 +214,7 @@ def test_a_notebook_says_what_was_continued_and_keeps_no_bar(toys: None, tmp_pat
     running.kill()
     running.communicate()
     code = (
-        "from labkit.notebook import Investigation\n"
+        "from labkit.lab.notebook import Investigation\n"
         f"lab = Investigation('toys', profile='quick', runs_folder={str(tmp_path / 'runs')!r})\n"
         "run = lab.measure('toy-in-parts')"
     )
@@ -226,6 +227,6 @@ def test_a_notebook_says_what_was_continued_and_keeps_no_bar(toys: None, tmp_pat
         str(tmp_path / "naps.ipynb"), str(tmp_path / "done.ipynb"), progress_bar=False
     )
     html, _ = HTMLExporter().from_filename(str(tmp_path / "done.ipynb"))
-    body = html[html.index("<main") :]
+    body = re.sub(r"<style>.*?</style>", "", html[html.index("<main") :], flags=re.S)
     assert "and continued after" in body and "Measured in" in body
     assert " left" not in body and "\u2588" not in body and "Traceback" not in body

@@ -133,12 +133,13 @@ def test_docstrings_name_the_real_arguments(path: Path) -> None:
 
 def test_the_readme_tells_of_a_recorded_run() -> None:
     """Its figure and its count are drawn anew when that run is recorded anew."""
-    from labkit.analysis import runs
+    from labkit.lab.catalogue import recorded
+    from labkit.runs import PROFILES
 
     told = [
         re.search(r"([\d,]+ of [\d,]+)", str(run.count("broken")))
-        for profile in runs.PROFILES
-        for run in runs.recorded("transient-null", profile=profile)
+        for profile in PROFILES
+        for run in recorded("transient-null", profile=profile)
     ]
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert any(one and one[1] in readme for one in told)

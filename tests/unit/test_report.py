@@ -15,23 +15,16 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from labkit import verdicts
-from labkit.analysis import claims
-from labkit.analysis.claims import Case, Claim
 from labkit.errors import BadInput
-from labkit.report import ReportFailed, make_report, sweep
+from labkit.judge import claims
+from labkit.judge.claims import Case, Claim
+from labkit.lab import verdicts
+from labkit.lab.report import ReportFailed, make_report, sweep
 
 pytestmark = [pytest.mark.usefixtures("toys"), pytest.mark.timeout(180)]
 
 OPEN = """
-from labkit.analysis import findings, figures
-from labkit.analysis.findings import Check, Finding
-from labkit.notebook import Investigation
-@findings.judges("toy-counts")
-def toy_counts(run):
-    lost = run.count("broken").anomalies
-    return Finding(run.experiment, f"{lost} <lost>.", (Check("some lost", lost < 9, str(lost)),))
-figures.draws("toy-counts")(figures.anomaly_rates)
+from labkit.lab.notebook import Investigation
 lab = Investigation("toys", profile=profile, runs_folder=runs_folder, changes=changes)
 """
 COUNTS = 'run = lab.measure("toy-counts")\nlab.draw(run)\nlab.conclude(run)'
@@ -120,7 +113,7 @@ def test_two_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     books, folder = tmp_path / "books", tmp_path / "reports"
     write_notebook(books, "00-good", COUNTS, ASSERT)
     script = (
-        "import sys; from pathlib import Path; from labkit.report import make_report; "
+        "import sys; from pathlib import Path; from labkit.lab.report import make_report; "
         f"sys.exit(make_report('quick', Path({str(folder)!r}), notebooks=Path({str(books)!r})))"
     )
     both = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]

@@ -12,11 +12,13 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from labkit.analysis import figures, findings, style
-from labkit.analysis.findings import Check, Finding, FindingFailed
-from labkit.analysis.registry import Registry
-from labkit.analysis.runs import Run, Triad
+from labkit import figures
 from labkit.errors import BadInput
+from labkit.figures import style
+from labkit.judge.findings import Check, Finding, FindingFailed
+from labkit.lab import catalogue
+from labkit.lab.pages import render
+from labkit.runs import Run, Triad
 
 GOOD = Check("the control loses nothing", True, "0 of 10")
 BAD = Check("broken <loses> some", False, "0 of 10")
@@ -38,9 +40,7 @@ def run(experiment: str = "made-up", **changes: Any) -> Run:
 
 
 @pytest.fixture(autouse=True)
-def own_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(findings, "_judges", Registry(findings.__name__, "finding"))
-    monkeypatch.setattr(figures, "_drawings", Registry(figures.__name__, "figure"))
+def nothing_stays_open() -> Iterator[None]:
     yield
     assert pyplot.get_fignums() == []
 
@@ -61,7 +61,7 @@ def test_a_finding_says_whether_it_holds() -> None:
         bad.require()
     assert str(caught.value) == "made-up does not hold: broken <loses> some (0 of 10)."
     assert isinstance(caught.value, AssertionError)
-    html = bad._repr_html_()
+    html = render("finding.html", finding=bad, recorded="")
     assert "FAILS" in html and "&lt;loses&gt;" in html and "<loses>" not in html
 
 
@@ -70,46 +70,23 @@ def test_a_finding_that_checks_nothing_is_refused() -> None:
         Finding("made-up", "All is well.", ())
 
 
-def test_a_run_is_judged_by_its_experiment() -> None:
-    @findings.judges("made-up")
-    def made_up(run: Run) -> Finding:
-        return Finding("made-up", f"Saw {run.count('broken')}.", (GOOD,))
-
-    assert findings.judge(run()).sentence == "Saw 7 of 1,000."
-    assert "made-up" in findings.judged()
-    findings.judges("made-up")(made_up)  # as a reload does
-    with pytest.raises(BadInput, match="already"):
-        findings.judges("made-up")(lambda run: findings.judge(run))
-    with pytest.raises(BadInput, match="There is no finding of unheard-of"):
-        findings.judge(run("unheard-of"))
-
-
-def test_a_finding_under_another_name_is_refused() -> None:
-    findings.judges("made-up")(lambda run: Finding("other", "Well.", (GOOD,)))
-    with pytest.raises(BadInput, match="calls itself 'other'"):
-        findings.judge(run())
-
-
 def test_a_figure_is_signed() -> None:
-    figures.draws("made-up")(figures.anomaly_rates)
-    figure = figures.draw(run())
+    figure = figures.draw(figures.anomaly_rates, run())
     assert "made-up · quick profile · kernel 6.18.44 · 2026-11-22" in words(figure)
     assert "recorded" not in words(figure)
     figure.draw_without_rendering()
 
 
 def test_recorded_and_emulated_runs_are_marked() -> None:
-    figures.draws("made-up")(figures.anomaly_rates)
     facts = {"virtual": {"machine": "qemu", "emulated": True}, "cpu": {"count": 2}}
     provenance = run().provenance | facts
-    figure = figures.draw(run(recorded=True, provenance=provenance))
+    figure = figures.draw(figures.anomaly_rates, run(recorded=True, provenance=provenance))
     assert "recorded on 6.18.44\nemulated machine" in words(figure)
     assert "kernel 6.18.44 · 2 CPUs" in words(figure)
 
 
 def test_rates_show_each_case_and_a_bound_for_none_seen() -> None:
-    figures.draws("made-up")(figures.anomaly_rates)
-    (ax,) = figures.draw(run()).axes
+    (ax,) = figures.draw(figures.anomaly_rates, run()).axes
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert labels == ["array, 64 B", "array, 8 B", "array, 64 B, BPF_F_LOCK"]
     assert ax.get_xscale() == "log"
@@ -124,23 +101,26 @@ def test_rates_show_each_case_and_a_bound_for_none_seen() -> None:
 
 
 def test_nothing_is_drawn_of_nothing() -> None:
-    figures.draws("made-up")(figures.anomaly_rates)
     empty = run(tables={"counts": run().counts.iloc[:0]})
-    (ax,) = figures.draw(empty).axes
+    (ax,) = figures.draw(figures.anomaly_rates, empty).axes
     assert not ax.has_data()
 
 
 def test_axes_of_the_caller_are_used_and_several_may_come_back() -> None:
-    @figures.draws("made-up")
-    def made_up(run: Run) -> list[Axes]:
+    def pair(run: Run) -> list[Axes]:
         _, axes = pyplot.subplots(1, 2)
         return [figures.anomaly_rates(run, ax=ax) for ax in axes]
 
-    assert len(figures.draw(run()).axes) == 2
-    figures.draws("whole")(lambda run: pyplot.figure())
-    assert isinstance(figures.draw(run("whole")), Figure)
-    with pytest.raises(BadInput, match="There is no figure of unheard-of"):
-        figures.draw(run("unheard-of"))
+    assert len(figures.draw(pair, run()).axes) == 2
+    assert isinstance(figures.draw(lambda run: pyplot.figure(), run()), Figure)
+    with pytest.raises(BadInput, match="must return axes or a figure"):
+        figures.draw(lambda run: [1], run())
+    with pytest.raises(BadInput, match="There is no experiment 'unheard-of'"):
+        catalogue.draw(run("unheard-of"))
+    with pytest.raises(BadInput, match="has no figure 'other'"):
+        catalogue.draw(run("transient-null"), "other")
+    with pytest.raises(BadInput, match="There is no experiment 'unheard-of'"):
+        catalogue.judge(run("unheard-of"))
 
 
 def test_series_look_different_in_more_than_colour() -> None:

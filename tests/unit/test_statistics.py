@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labkit.analysis import statistics
 from labkit.errors import BadInput
+from labkit.judge import statistics
 
 RNG = np.random.default_rng(20)
 
@@ -59,35 +60,6 @@ def test_the_same_seed_gives_the_same_interval() -> None:
     assert other != statistics.bootstrap(values, statistic=np.mean)
 
 
-def test_equal_things_do_not_differ_and_a_ratio_is_found() -> None:
-    a, b = RNG.lognormal(0, 0.1, (2, 12))
-    equal = statistics.compare(a, a * 1.001)
-    assert not equal.significant
-    assert "no significant difference" in str(equal)
-    double = statistics.compare(2 * a, b)
-    assert double.significant
-    assert double.ratio.holds(2.0)
-    assert "no significant" not in str(double)
-    turned = statistics.compare(b, 2 * a)
-    assert turned.ratio.estimate == pytest.approx(1 / double.ratio.estimate)
-
-
-def test_pairs_cancel_the_load_that_both_sides_shared() -> None:
-    load = RNG.uniform(1, 2, 10)
-    a, b = 1.1 * load * RNG.lognormal(0, 0.01, 10), load
-    assert not statistics.compare(a, b).significant
-    paired = statistics.compare(a, b, paired=True)
-    assert paired.significant
-    assert paired.ratio.holds(1.1)
-
-
-def test_too_few_repetitions_prove_no_difference() -> None:
-    for paired in (False, True):
-        found = statistics.compare([1.0, 1.0], [9.0, 9.0], paired=paired)
-        assert not found.significant
-        assert "too few repetitions" in str(found)
-
-
 def test_zero_of_many_has_a_bound_near_three_in_many() -> None:
     assert statistics.zero_bound(50_000) == pytest.approx(3 / 50_000, rel=0.01)
     assert statistics.zero_bound(1) == pytest.approx(0.95)
@@ -111,10 +83,38 @@ def test_uniform_delays_fit_and_others_do_not() -> None:
     uniform = statistics.uniform_fit(RNG.uniform(0, 50, 2_000), 50)
     assert uniform.p_value > 0.001
     assert uniform.distance < 0.05
-    late = statistics.uniform_fit(RNG.uniform(0, 60, 2_000), 50)
-    assert late.p_value < 1e-6
-    assert late.beyond == pytest.approx(1 / 6, abs=0.05)
+    early = statistics.uniform_fit(RNG.uniform(0, 40, 2_000), 50)
+    assert early.p_value < 1e-6 and early.beyond == 0
+    longer = statistics.uniform_fit(40 + RNG.uniform(0, 12, 2_000), 50)
+    assert longer.p_value < 1e-6
     assert statistics.uniform_fit([25.0], 50).distance == 0.5
+
+
+def test_late_polls_move_the_law_by_the_share_beyond_the_period_and_no_more() -> None:
+    for late in (
+        np.full(2_000, 5.0),
+        RNG.exponential(20.0, 2_000),
+        90.0 * (RNG.random(2_000) < 0.1),
+    ):
+        found = statistics.uniform_fit(RNG.uniform(0, 50, 2_000) + late, 50)
+        assert found.beyond > 0.05
+        assert found.distance == pytest.approx(found.beyond, abs=0.03)
+        assert found.p_value > 0.001
+
+
+def test_fits_are_made_for_each_case_that_polls() -> None:
+    waits = RNG.uniform(0, 10, 1_000)
+    delays = pd.DataFrame(
+        {
+            "case": ["slow"] * 1_000 + ["fast"] * 1_000 + ["events"],
+            "period_ms": [10.0] * 1_000 + [2.0] * 1_000 + [np.nan],
+            "delay_ms": [*waits, *waits / 10, 0.1],
+        }
+    )
+    fits = statistics.uniform_fits(delays).set_index("case")
+    assert list(fits.index) == ["fast", "slow"]
+    assert list(fits["p_value"] > 0.001) == [False, True]
+    assert statistics.uniform_fits(delays.iloc[:0]).empty
 
 
 def test_the_p_value_of_true_uniforms_is_uniform() -> None:
@@ -133,8 +133,6 @@ def test_the_p_value_of_true_uniforms_is_uniform() -> None:
         (lambda: statistics.bootstrap([]), "One number per repetition"),
         (lambda: statistics.bootstrap([[1.0], [2.0]]), "One number per repetition"),
         (lambda: statistics.bootstrap(range(9), confidence=95), "between 0 and 1"),
-        (lambda: statistics.compare([0, 1], [1, 2]), "positive"),
-        (lambda: statistics.compare([1, 1], [1], paired=True), "not 2 and 1"),
         (lambda: statistics.zero_bound(0), "at least one"),
         (lambda: statistics.wilson(3, 2), "3 of 2"),
         (lambda: statistics.uniform_fit([1], 0), "positive period"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit import vm
+from provision import vm
 
 
 def vagrant(tmp_path: Path, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:

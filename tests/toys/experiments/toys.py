@@ -11,11 +11,12 @@ from functools import partial
 
 import pandas as pd
 
-from labkit.analysis.runs import Triad
 from labkit.errors import Unavailable
-from labkit.failures.experiment import Tables, Value, experiment, say
-from labkit.failures.parts import Parts
-from labkit.failures.progress import Meter
+from labkit.figures import anomaly_rates
+from labkit.lab.experiment import Statement, Tables, Value, experiment, say
+from labkit.lab.parts import Parts
+from labkit.lab.progress import Meter
+from labkit.runs import Triad
 
 
 def _counts(lost: int) -> Tables:
@@ -99,6 +100,8 @@ def _register(number: int, id: str, function: Callable[..., Tables], **values: V
     experiment(
         id, number=number, family="stale-reads", question=f"What does {id} do?",
         claims=("0.0",), needs=(), quick=values, full=values,
+        statements=(Statement("some <lost>", "broken.anomalies < 9"),),
+        sentence="{broken.anomalies} <lost>.", figure=anomaly_rates,
     )(function)  # fmt: skip
 
 

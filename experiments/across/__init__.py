@@ -1,0 +1,1 @@
+"""What is read from the runs of several experiments together."""

@@ -1,0 +1,207 @@
+"""Figures: drawn from a saved run alone, in one style, and signed with its provenance.
+
+An experiment names the function that draws its runs: ``figure(run, *, ax=None)``. It draws on
+``ax``, or on `style.axes`, and returns the axes; a figure of several axes returns the `Figure`
+that it made. `anomaly_rates` serves all whose result is how often something goes wrong.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from labkit.errors import BadInput
+from labkit.figures import style
+from labkit.judge.statistics import wilson, zero_bound
+from labkit.runs import VARIANTS, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Drawing = Callable[..., Any]
+"""Takes a run, and answers the axes or the figure that it drew on."""
+
+
+def draw(drawing: Drawing, run: Run) -> Figure:
+    """Draw a run by a function, in the lab's style, and sign it with its provenance.
+
+    Parameters
+    ----------
+    drawing
+        Takes the run; with empty counts, nothing is drawn on the axes.
+    run
+        What is drawn.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Closed for pyplot, so that a notebook shows it once and nothing stays in memory.
+    """
+    from matplotlib import pyplot
+
+    before = set(pyplot.get_fignums())
+    try:
+        with style.applied():
+            drawn = style.axes(None) if run.counts.empty else drawing(run)
+            figure = _figure(drawn, run)
+            style.sign(figure, run)
+            return figure
+    finally:
+        for number in set(pyplot.get_fignums()) - before:
+            pyplot.close(number)
+
+
+def as_png(figure: Figure) -> bytes:
+    """A figure as a PNG picture."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=200)
+    return file.getvalue()
+
+
+def anomaly_rates(run: Run, *, ax: Axes | None = None) -> Axes:
+    """Draw anomalies per operation for every case, with 95 % intervals, on a logarithmic axis.
+
+    A case without an anomaly is a hollow marker at the upper bound of its rate, with an arrow
+    towards zero: not seen is not the same as never. The intervals take operations as independent
+    (see `statistics.wilson`).
+
+    Parameters
+    ----------
+    run
+        Its counts are drawn, one row each.
+    ax
+        Where to draw.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    rows = run.counts[run.counts["operations"] > 0]
+    ax = style.axes(ax, height=max(style.HALF_PAGE[1], 1.2 + 0.2 * len(rows)))
+    if rows.empty:
+        return ax
+    rows = rows.assign(order=rows["variant"].map(VARIANTS.index)).sort_values(
+        "order", kind="stable"
+    )
+    labels = []
+    for y, (variant, case, operations, anomalies) in enumerate(
+        zip(rows["variant"], rows["case"], rows["operations"], rows["anomalies"], strict=True)
+    ):
+        labels.append(run.label(case) if case else variant)
+        look = style.VARIANT[variant]
+        if anomalies:
+            rate = wilson(int(anomalies), int(operations))
+            spread = [[rate.estimate - rate.low], [rate.high - rate.estimate]]
+            ax.errorbar(rate.estimate, y, xerr=spread, **look.points())
+        else:
+            bound = zero_bound(int(operations))
+            ax.errorbar(bound, y, xerr=bound / 2, xuplims=True, **look.points(), mfc="white")
+    for variant in VARIANTS:
+        if (rows["variant"] == variant).any():
+            ax.plot([], [], **style.VARIANT[variant].points(), label=variant)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(numticks=7))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.grid(False, axis="y")
+    words = " or ".join(dict.fromkeys(map(str, rows["anomaly"])))
+    ax.set_xlabel(f"{words} per operation\n(hollow: none seen, bound at 95 %)", loc="right")
+    ax.legend(
+        loc="lower right", bbox_to_anchor=(1, 1), ncols=len(VARIANTS), columnspacing=1.2,
+        handletextpad=0.2,
+    )  # fmt: skip
+    return ax
+
+
+def times_of_changes(ax: Axes, costs: pd.DataFrame, *, unit: str, unit_ns: float) -> None:
+    """Draw how long changes took: the median, and from 5 % to 95 %, on a logarithmic axis.
+
+    Parameters
+    ----------
+    ax
+        Where to draw.
+    costs
+        One row for each change that was timed: ``change`` and ``series`` (text; a row of the axes,
+        and a look of its own), ``ns``.
+    unit
+        Of the axis, in words: ``"µs per change"``.
+    unit_ns
+        The same in nanoseconds.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    changes, several = list(costs["change"].unique()), list(costs["series"].unique())
+    for place, series in enumerate(several):
+        look = style.look(place)
+        shift = 0.8 / (len(several) + 1) * (place - (len(several) - 1) / 2)
+        some = costs[costs["series"] == series]
+        for y, change in enumerate(changes):
+            low, middle, high = np.percentile(
+                some.loc[some["change"] == change, "ns"] / unit_ns, [5, 50, 95]
+            )
+            ax.errorbar(
+                middle, y + shift, xerr=[[middle - low], [high - middle]],
+                label=series if y == 0 else None, **look.points(),
+            )  # fmt: skip
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(numticks=8))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_yticks(range(len(changes)), [one.replace(", ", ",\n", 1) for one in changes], fontsize=6)
+    ax.set_ylim(len(changes) - 0.5, -0.5)
+    ax.set_xlabel(f"{unit}: median, 5 % to 95 %", loc="right")
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, columnspacing=0.8,
+              handletextpad=0.1)  # fmt: skip
+
+
+def shares_missed(ax: Axes, follows: pd.DataFrame, look: dict[str, Any], label: str) -> None:
+    """Draw the share of changes that was never seen against the period, with 95 % intervals.
+
+    Parameters
+    ----------
+    ax
+        Where to draw.
+    follows
+        One row for each period: ``period_ms``, ``missed``, ``changes``.
+    look
+        Of the line.
+    label
+        Its name in the legend.
+    """
+    from matplotlib.ticker import PercentFormatter
+
+    rates = [
+        wilson(int(missed), int(changes))
+        for missed, changes in zip(follows["missed"], follows["changes"], strict=True)
+    ]
+    estimate = np.array([rate.estimate for rate in rates])
+    spread = [estimate - [one.low for one in rates], [one.high for one in rates] - estimate]
+    ax.errorbar(follows["period_ms"], estimate, yerr=np.clip(spread, 0, None), label=label, **look)
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def broken_at_commas(ax: Axes) -> None:
+    """Set the long case labels of `anomaly_rates` in two lines and a smaller size."""
+    labels = [label.get_text().replace(", ", ",\n", 1) for label in ax.get_yticklabels()]
+    ax.set_yticks(range(len(labels)), labels, fontsize=6)
+
+
+def _figure(drawn: Axes | Sequence[Axes] | Figure, run: Run) -> Figure:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    if isinstance(drawn, Figure):
+        return drawn
+    first = drawn if isinstance(drawn, Axes) else np.ravel(np.asarray(drawn, dtype=object))[0]
+    if not isinstance(first, Axes):
+        raise BadInput(f"The figure of {run.experiment} must return axes or a figure.")
+    figure = first.get_figure(root=True)
+    assert figure is not None
+    return figure

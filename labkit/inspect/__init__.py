@@ -1,0 +1,1 @@
+"""Looks at maps of the user's own."""

@@ -1,0 +1,1 @@
+"""The driver of experiments, and the faces of the lab."""

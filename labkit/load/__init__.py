@@ -1,0 +1,1 @@
+"""Every writer and schedule that loads a map or a ring."""

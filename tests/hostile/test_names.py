@@ -1,0 +1,106 @@
+"""Names that a kernel or a user chose: bytes that are no text, and text that forges a line."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from labkit.errors import BadInput
+from labkit.inspect.diagnose import diagnose
+from labkit.kernel import libbpf, objects, programs
+from labkit.kernel.libbpf import AttachType, MapKind, ProgramKind
+from labkit.kernel.maps import Map
+from labkit.kernel.parallel import Child
+from labkit.kernel.pins import PinFolder
+
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("kernel")]
+
+NAMES = [b"\xff\xfe", b"a\nb", b"a\rcause", b"\x1b[2Jgone", "\u202etfel".encode(), b"a\\b"]
+FORGED = "a\ncause Everything is fine"
+_PR_SET_NAME = 15
+
+
+@given(st.binary(max_size=20), st.binary(max_size=20))
+def test_a_name_is_shown_in_one_printable_line_and_no_two_alike(one: bytes, other: bytes) -> None:
+    assert libbpf.shown(one).isprintable()
+    assert (libbpf.shown(one) == libbpf.shown(other)) == (one == other)
+
+
+def test_ordinary_names_are_shown_as_they_are() -> None:
+    for name in ("policy", "/sys/fs/bpf/lab/policy_v2", "Grüße, 世界"):
+        assert libbpf.shown(name.encode()) == name
+
+
+@pytest.fixture
+def table() -> Iterator[Map]:
+    with Map.create(MapKind.HASH, key="u4", value="u8", max_entries=4, name="hostile") as made:
+        yield made
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_process_of_any_name_is_a_holder(name: bytes, table: Map) -> None:
+    def hold() -> None:
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, ctypes.c_char_p(name))
+        signal.pause()
+
+    with Child(hold) as child:
+        comm = Path(f"/proc/{child.pid}/comm")
+        deadline = time.monotonic() + 10
+        while comm.read_bytes().removesuffix(b"\n") != name:
+            assert time.monotonic() < deadline
+        (found,) = diagnose(str(table.id))
+        shown = f"{libbpf.shown(name)}[{child.pid}]"
+        assert shown in str(found).splitlines()[1] and shown in found.as_json()["held_by"]
+        assert child.pid in objects.family(os.getpid())
+
+
+@pytest.mark.parametrize("name", [*NAMES, FORGED.encode()])
+def test_a_pin_of_any_name_is_one_line(name: bytes, table: Map) -> None:
+    with PinFolder() as pins:
+        path = os.fsdecode(os.fsencode(pins.path("x")).removesuffix(b"x") + name)
+        table.pin(path)
+        assert [one.state.map_id for one in diagnose(path)] == [table.id]
+        (found,) = diagnose(str(table.id))
+        assert libbpf.shown(os.fsencode(path)) in str(found).splitlines()[1]
+        assert not any(line.startswith("cause") for line in str(found).splitlines())
+        os.unlink(path)
+
+
+def test_only_a_pin_of_a_map_is_a_map(table: Map) -> None:
+    with programs.load("self_test", RETURNED=0) as unit, PinFolder() as pins:
+        program = unit.program("count_runs", ProgramKind.XDP)
+        libbpf.pin(program.fd, pins.path("program"))
+        link = libbpf.checked(
+            libbpf.api().bpf_link_create(program.fd, 1, int(AttachType.XDP), None), "attaching"
+        )
+        try:
+            libbpf.pin(link, pins.path("link"))
+        finally:
+            libbpf.close(link)
+        for what in ("program", "link"):
+            with pytest.raises(BadInput, match=f"leads to no map. This is a {what}, not a map"):
+                diagnose(pins.path(what))
+        for number in (program.fd, os.open(os.devnull, os.O_RDONLY)):
+            with pytest.raises(BadInput, match="not a map"):
+                Map.from_fd(number)
+
+
+def test_the_commands_end_in_a_sentence(table: Map) -> None:
+    for which in (b"\xff", b"/sys/fs/bpf/\xff", b"no\nsuch", b"/\x1b[2J"):
+        for command in ("diagnose", "watch"):
+            done = subprocess.run(
+                [sys.executable, "-m", "labkit", command, which],
+                capture_output=True, check=False, timeout=60,
+            )  # fmt: skip
+            assert done.returncode == 2 and done.stdout == b""
+            assert done.stderr.decode().removesuffix("\n").isprintable()
