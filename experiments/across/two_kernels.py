@@ -121,9 +121,8 @@ class Pair:
         ids = sorted(found_ids & set(catalogue()))  # a benchmark is no experiment
         self._runs: dict[str, dict[str, Run]] = {}
         for experiment in ids:
-            found = index.find(experiment)
             for kernel in self.kernels:
-                run = found.get(kernel)
+                run = index.newest(experiment, kernel)
                 if isinstance(run, Exception):
                     raise run
                 if run is not None:

@@ -64,10 +64,6 @@ class RunIndex:
         known = self._all(experiment).get(kernel)
         return self._load(*known[0]) if known else None
 
-    def find(self, experiment: str) -> Mapping[str, Run | BadRun]:
-        """The newest run of an experiment by kernel series, or why it cannot be read."""
-        return {kernel: self._load(*found[0]) for kernel, found in self._all(experiment).items()}
-
     def before(self, experiment: str, kernel: str) -> Run | BadRun | None:
         """The run measured here before the newest one, if that is of here too; else None."""
         newest = self._all(experiment).get(kernel, [])[:2]

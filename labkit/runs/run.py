@@ -297,39 +297,6 @@ class Triad:
             }
         )
 
-    def add_cases(
-        self,
-        rows: pd.DataFrame,
-        *,
-        operations: pd.Series[int],
-        anomalies: pd.Series[int],
-        cost_ns: pd.Series[float],
-    ) -> None:
-        """Add one row for each case of a table that has several, such as one for each round.
-
-        Parameters
-        ----------
-        rows
-            With columns ``variant`` and ``case``.
-        operations, anomalies
-            Of each row; they are summed.
-        cost_ns
-            Of each row; its median is taken.
-
-        Raises
-        ------
-        BadInput
-            As `add`.
-        """
-        for (variant, case), group in rows.groupby(["variant", "case"], sort=False):
-            self.add(
-                str(variant),
-                case=str(case),
-                operations=int(operations[group.index].sum()),
-                anomalies=int(anomalies[group.index].sum()),
-                cost_ns=float(cost_ns[group.index].median()),
-            )
-
     def table(self) -> pd.DataFrame:
         """Return the counts table; BadInput when a variant was never added."""
         missing = [v for v in VARIANTS if not any(row["variant"] == v for row in self._rows)]
