@@ -161,8 +161,8 @@ def derive(tables: Tables) -> Tables:
         # One in 10,000 such runs would have so little by chance.
         Statement("where the connection is plain and kept, a change waits uniformly over the "
                   "period, but for polls that are late",
-                  'fits(case="plain-kept").p_value > 0.0001 '
-                  'and fits(case="plain-kept").beyond < 0.25'),
+                  'between(fits(case="plain-kept").p_least, fits(case="plain-kept").p_value) '
+                  "> 0.0001"),
         Statement("which is most of the delay",
                   'spread(changes(case="plain-kept").wait / changes(case="plain-kept").delay) '
                   "> 0.5"),

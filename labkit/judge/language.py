@@ -28,6 +28,8 @@ logic does.
 ``ratio(rows.a, rows.b)``, ``spread(rows.a)``  an interval for the median over repetitions, of the
                                               ratio in each or of the value: comparing it with a
                                               number is undecided where the interval holds it
+``between(a, b)``                             an interval from one value to the other, of which
+                                              the truth is one
 ``parameters.name``                           a parameter of the run
 ``machine.name``                              a fact of its machine: ``cpus``, ``emulated``,
                                               ``architecture``
@@ -513,6 +515,8 @@ class _Reader:
             return self._quantified(function, node)
         if function in ("ratio", "spread"):
             return self._interval(function, node)
+        if function == "between":
+            return self._between(node)
         if function in _REDUCE or function in _WORDS or function in ("rows", "share"):
             return self._reduced(function, node)
         subject = self._of_name(node.func)
@@ -598,6 +602,12 @@ class _Reader:
         if not len(values[0]):
             raise BadPredicate(f"{self.text!r}: no repetition was measured.")
         return sign_interval(values[0])
+
+    def _between(self, node: ast.Call) -> Interval:
+        if len(node.args) != 2 or node.keywords:
+            raise BadPredicate(f"{self.text!r}: between takes 2 values.")
+        ends = [float(_one(self._number(one))) for one in node.args]
+        return Interval(ends[1], min(ends), max(ends))
 
     def _repetitions(self, node: ast.expr) -> _Column:
         value = self._number(node)

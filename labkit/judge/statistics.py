@@ -60,6 +60,8 @@ class UniformFit:
     p_value
         Probability of a distance that is more than ``beyond`` by so much, if every delay were a
         uniform wait and what its poll was late by, and the waits were independent.
+    p_least
+        The same if no poll had been late: where many were, the truth lies anywhere between the two.
     samples
         Number of delays.
     beyond
@@ -68,6 +70,7 @@ class UniformFit:
 
     distance: float
     p_value: float
+    p_least: float
     samples: int
     beyond: float
 
@@ -288,10 +291,12 @@ def uniform_fit(delays: ArrayLike, period: float) -> UniformFit:
     steps = np.arange(values.size + 1) / values.size
     distance = float(max((steps[1:] - law).max(), (law - steps[:-1]).max()))
     root = math.sqrt(values.size)
+    scale = root + 0.12 + 0.11 / root
     beyond = float((values > period).mean())
     return UniformFit(
         distance=distance,
-        p_value=_kolmogorov((distance - beyond) * (root + 0.12 + 0.11 / root)),
+        p_value=_kolmogorov((distance - beyond) * scale),
+        p_least=_kolmogorov(distance * scale),
         samples=values.size,
         beyond=beyond,
     )

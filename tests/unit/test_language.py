@@ -246,7 +246,9 @@ def test_a_label_is_the_cases_own_and_an_id_stands_for_itself() -> None:
     assert fill("{fixed}", bare) == "0 of 10,000"
 
 
-@pytest.mark.parametrize("bad", ["like", "ratio(1)", "none()", "none(1)", "broken[3]", "share(1)"])
+@pytest.mark.parametrize(
+    "bad", ["like", "ratio(1)", "none()", "none(1)", "broken[3]", "share(1)", "between(1) > 0"]
+)
 def test_what_means_nothing_is_refused(bad: str) -> None:
     with pytest.raises(BadPredicate):
         decide(bad, run())
@@ -257,6 +259,13 @@ def test_one_repetition_decides_nothing_and_is_no_error() -> None:
     for statement in (RATIO, 'spread(times(case="slow").ns) > 1', "spread(times.ns / 30) > 0"):
         answer = decide(statement, one)
         assert answer.holds is None and "too few" in answer.why
+
+
+def test_between_two_values_decides_only_what_both_do() -> None:
+    assert decide("between(2, 3) > 1", run()).holds is True
+    assert decide("between(3, 2) > 4", run()).holds is False
+    answer = decide("between(2, 3) > 2.5", run())
+    assert answer.holds is None and answer.why == "3 [2 to 3] does not decide against 2.5"
 
 
 def test_a_statement_may_ask_for_the_architecture_and_not_for_one_that_nobody_noted() -> None:

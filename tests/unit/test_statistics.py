@@ -81,7 +81,7 @@ def test_wilson_agrees_with_known_values() -> None:
 
 def test_uniform_delays_fit_and_others_do_not() -> None:
     uniform = statistics.uniform_fit(RNG.uniform(0, 50, 2_000), 50)
-    assert uniform.p_value > 0.001
+    assert uniform.p_value == uniform.p_least > 0.001
     assert uniform.distance < 0.05
     early = statistics.uniform_fit(RNG.uniform(0, 40, 2_000), 50)
     assert early.p_value < 1e-6 and early.beyond == 0
@@ -100,6 +100,7 @@ def test_late_polls_move_the_law_by_the_share_beyond_the_period_and_no_more() ->
         assert found.beyond > 0.05
         assert found.distance == pytest.approx(found.beyond, abs=0.03)
         assert found.p_value > 0.001
+        assert found.p_least < 1e-6
 
 
 def test_fits_are_made_for_each_case_that_polls() -> None:
