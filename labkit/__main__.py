@@ -16,7 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from labkit.errors import BadInput, LabError
+from labkit import __version__
+from labkit.errors import BadInput, LabError, Unavailable
 
 # What takes long to import is imported by the command that needs it.
 
@@ -32,6 +33,20 @@ EXIT = (
 CAUSE_FOUND, OWN_ERROR = 5, 70
 
 Command = Callable[[argparse.Namespace], int]
+
+
+class _NotInstalled(Unavailable):
+    """A command of the lab, where only what an agent needs was installed."""
+
+    def __init__(self, package: str | None) -> None:
+        super().__init__(
+            f"This command needs the Python package {package}: pip install "
+            "'map-freshness-lab[lab]' brings what experiments, figures and reports need."
+        )
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in ("", "labkit", "experiments")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("LABKIT_TRACEBACK"):
             raise
+        if isinstance(error, ModuleNotFoundError) and not _is_ours(error.name or ""):
+            return _complain(_NotInstalled(error.name))
         what = " ".join(f"{type(error).__name__}: {error}".split())
         tell = f"This is an error of the lab itself ({what}). LABKIT_TRACEBACK=1 shows where."
         print(tell, file=sys.stderr, flush=True)
@@ -334,10 +351,11 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m labkit",
+        prog="labkit",
         description="A laboratory for stale, lost and torn eBPF map data on the running kernel.",
         epilog=EXIT,
     )
+    parser.add_argument("--version", action="version", version=f"labkit {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Command, help: str) -> argparse.ArgumentParser:
