@@ -269,6 +269,24 @@ def _watch(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def _canary(chosen: argparse.Namespace) -> int:
+    from labkit.inspect import canary
+
+    held = canary.show(
+        chosen.map,
+        chosen.writer,
+        key=chosen.key,
+        field=chosen.field,
+        per_second=chosen.rate,
+        seconds=chosen.seconds,
+        wait_s=chosen.wait,
+        limit_ms=chosen.limit_ms,
+        as_json=chosen.json,
+        prometheus_file=chosen.prometheus,
+    )
+    return int(not held)
+
+
 def _clean(chosen: argparse.Namespace) -> int:
     from labkit.kernel import leftovers
     from labkit.lab import parts
@@ -319,12 +337,16 @@ class _Line:
 
 
 def _seconds(text: str) -> float:
+    return _positive(text, "seconds")
+
+
+def _positive(text: str, what: str = "a number") -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"give seconds, more than 0 and finite, not {text!r}")
+        raise argparse.ArgumentTypeError(f"give {what}, more than 0 and finite, not {text!r}")
     return value
 
 
@@ -429,6 +451,32 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("map", metavar="MAP", help="id, path of a pin, or name")
     watch.add_argument("--seconds", type=_seconds, default=math.inf, metavar="S",
                        help="when to end; else by Ctrl-C")  # fmt: skip
+
+    canary = add(
+        "canary", _canary,
+        "how fresh your control plane keeps a map: have versions of a key written, see them there; "
+        "1: one is never seen, or the limit is exceeded",
+    )  # fmt: skip
+    canary.add_argument("map", metavar="MAP", help="id, path of a pin, or name")
+    canary.add_argument(
+        "writer", nargs="+", metavar="COMMAND",
+        help="behind --; writes the key through your control plane; {version} is the number",
+    )  # fmt: skip
+    canary.add_argument("--key", required=True, metavar="KEY",
+                        help="that nobody else writes: 80, [6, 80] or hex:0a000001")  # fmt: skip
+    canary.add_argument("--field", default="version", metavar="NAME",
+                        help="of a value of several fields: its version (version)")  # fmt: skip
+    canary.add_argument("--rate", type=_positive, default=10.0, metavar="N",
+                        help="versions a second (10)")  # fmt: skip
+    canary.add_argument("--seconds", type=_seconds, default=10.0, metavar="S",
+                        help="how long to go on (10)")  # fmt: skip
+    canary.add_argument("--wait", type=_seconds, default=5.0, metavar="S",
+                        help="how long a command, and the last version, may take (5)")  # fmt: skip
+    canary.add_argument("--limit-ms", type=_positive, metavar="MS",
+                        help="age that 99 %% of the versions must keep to")  # fmt: skip
+    canary.add_argument("--json", action="store_true", help="for scripts")
+    canary.add_argument("--prometheus", metavar="FILE",
+                        help="text for node_exporter's textfile collector")  # fmt: skip
 
     add("clean", _clean, "remove what a killed run left in the kernel")
     return parser
