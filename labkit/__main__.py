@@ -25,7 +25,8 @@ REPORTS = Path(__file__).resolve().parents[1] / "reports"
 """Where the report goes unless the caller says otherwise."""
 
 EXIT = (
-    "Exit status: 0 all is well; 1 a finding fails, a bar falls short or a verdict changed; 2 the "
+    "Exit status: 0 all is well; 1 a finding fails, a bar falls short, a verdict changed or a "
+    "canary was not seen within its limit; 2 the "
     "command was misused; 3 this machine lacks what it needs; 4 it could not do its work (the "
     "kernel refused, the disk is full, time was up); 5 a diagnosis has a cause; 70 an error of the "
     "lab itself; 130 after Ctrl-C."

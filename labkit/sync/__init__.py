@@ -7,7 +7,7 @@ from labkit.sync.double_map import DoubleMap
 from labkit.sync.hybrid import Hybrid
 from labkit.sync.poll import Poll
 from labkit.sync.replica import Replica
-from labkit.sync.ring_events import RingEvents
+from labkit.sync.ring_events import Channel, RingEvents
 from labkit.sync.trace_hook import TraceHook
 
-__all__ = ["DoubleMap", "Hybrid", "Poll", "Replica", "RingEvents", "TraceHook"]
+__all__ = ["Channel", "DoubleMap", "Hybrid", "Poll", "Replica", "RingEvents", "TraceHook"]
