@@ -278,6 +278,7 @@ def _canary(chosen: argparse.Namespace) -> int:
         chosen.writer,
         key=chosen.key,
         field=chosen.field,
+        reader=chosen.reader,
         per_second=chosen.rate,
         seconds=chosen.seconds,
         wait_s=chosen.wait,
@@ -467,6 +468,11 @@ def _parser() -> argparse.ArgumentParser:
                         help="that nobody else writes: 80, [6, 80] or hex:0a000001")  # fmt: skip
     canary.add_argument("--field", default="version", metavar="NAME",
                         help="of a value of several fields: its version (version)")  # fmt: skip
+    canary.add_argument(
+        "--reader", choices=("lookups", "program"), default="lookups",
+        help="who looks at the key: this process, or a BPF program at the tick of a clock, which "
+        "needs bcc (lookups)",
+    )  # fmt: skip
     canary.add_argument("--rate", type=_positive, default=10.0, metavar="N",
                         help="versions a second (10)")  # fmt: skip
     canary.add_argument("--seconds", type=_seconds, default=10.0, metavar="S",

@@ -23,20 +23,24 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import IO, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from labkit.errors import BadInput, LabError
+from labkit.errors import BadInput, LabError, Unavailable
 from labkit.inspect import prometheus
 from labkit.inspect.diagnose import map_ids
 from labkit.inspect.prometheus import Metric
-from labkit.kernel import objects
-from labkit.kernel.libbpf import MapKind
+from labkit.kernel import objects, programs
+from labkit.kernel.closing import Closing
+from labkit.kernel.libbpf import MapKind, ProgramKind
 from labkit.kernel.maps import Map, map_error
-from labkit.kernel.parallel import die_with_parent
+from labkit.kernel.parallel import another_cpu, die_with_parent
+from labkit.kernel.perf_events import Clock
+from labkit.kernel.ringbuf import RingReader
 from labkit.sync.changes import require_version, versions_of
 
 PLACE: Final = "{version}"
@@ -47,6 +51,14 @@ SHARES: Final = (0.5, 0.9, 0.99)
 
 _READ: Final = (MapKind.HASH, MapKind.LRU_HASH, MapKind.ARRAY, MapKind.LPM_TRIE)
 _LOOK_S: Final = 0.001
+_TICKS_PER_SECOND: Final = 1000  # of the clock that runs a reader program
+
+READERS: Final = ("lookups", "program")
+"""Who looks at the key: this process, or a BPF program that is attached to a clock."""
+
+SIGHTING: Final = np.dtype([("version", "u8"), ("seen_ns", "u8")])
+"""``struct sighting`` of bpf/canary_reader.bpf.c."""
+
 _MOST_VERSIONS: Final = 1_000_000
 
 
@@ -225,6 +237,7 @@ def canary(
     *,
     key: str,
     field: str = "version",
+    reader: str = "lookups",
     per_second: float = 10.0,
     seconds: float = 10.0,
     wait_s: float = 5.0,
@@ -242,6 +255,9 @@ def canary(
         and its bytes.
     field : str
         The value's field that is the version; ignored where the value is a plain unsigned integer.
+    reader : str
+        One of `READERS`. The program sees what programs see, and when, whatever this process waits
+        for; it needs bcc and kernel headers.
     per_second : float
         Versions a second. Each falls on some moment of its own part of the time, so that no clock
         of the control plane keeps step with them.
@@ -264,7 +280,11 @@ def canary(
         The first command fails, or somebody else writes the key.
     MapError
         The kernel refuses to show the key.
+    Unavailable
+        By the program: bcc or the headers are missing, or the kernel has no such clock.
     """
+    if reader not in READERS:
+        raise BadInput(f"A reader is one of {', '.join(READERS)}, not {reader!r}.")
     for name, number in (("rate", per_second), ("time", seconds), ("wait", wait_s)):
         if not 0 < number < math.inf:
             raise BadInput(f"The {name} of a canary is more than 0 and finite, not {number}.")
@@ -279,13 +299,17 @@ def canary(
     found = map_ids(which, objects.snapshot())
     if len(found) > 1:
         raise BadInput(f"Maps {found} are all called {which!r}: name one by its id.")
-    with Map.from_id(found[0]) as table, _Writer(command, wait_s) as writer:
+    with ExitStack() as stack:
+        table = stack.enter_context(Map.from_id(found[0]))
+        writer = stack.enter_context(_Writer(command, wait_s))
         if table.kind not in _READ:
             kinds = ", ".join(kind.name.lower() for kind in _READ)
             raise BadInput(f"A canary reads one value of a key: of {kinds}, not of {table!r}.")
         require_version(table, field)
-        look = _Look(table, _parsed(key), field)
-        first = (look() or 0) + 1
+        look = stack.enter_context(
+            (_ByProgram if reader == "program" else _Look)(table, key, field)
+        )
+        first = (look.version() or 0) + 1
         room = look.most - first + 1
         if count > room:
             raise BadInput(
@@ -367,41 +391,42 @@ class _Run:
             self._next += 1
 
     def _see(self) -> None:
-        version = self._look()
-        if version is None:
-            return
-        at = version - self._first
-        if at >= self._next:
-            raise LabError(
-                f"Version {version} stands at this key, and the command was not asked for it: "
-                "give the canary a key of its own, and see that the command writes the number as "
-                "it is."
-            )
-        self.went_back += at < self._last
-        self._last = at
-        if at >= 0:
-            self.itself[at] = True
-        if at > self._newest:
-            self.seen[self._newest + 1 : at + 1] = time.monotonic_ns()
-            self._newest = at
+        for version, seen_ns in self._look():
+            at = version - self._first
+            if at >= self._next:
+                raise LabError(
+                    f"Version {version} stands at this key, and the command was not asked for it: "
+                    "give the canary a key of its own, and see that the command writes the number "
+                    "as it is."
+                )
+            self.went_back += at < self._last
+            self._last = at
+            if at >= 0:
+                self.itself[at] = True
+            if at > self._newest:
+                self.seen[self._newest + 1 : at + 1] = seen_ns
+                self._newest = at
 
 
-class _Look:
-    """Reads the version of one key; None where the key is absent."""
+class _Look(Closing):
+    """Looks a key up, and answers with its version and the time."""
 
-    def __init__(self, table: Map, key: Any, field: str) -> None:
+    def __init__(self, table: Map, key: str, field: str) -> None:
         self._table, self._field = table, field
         buffer = table.value_buffer()
         self._value = buffer.view(table.value_dtype)
+        item = _parsed(key)
         try:
-            self._read = table.reader(key, buffer)
+            self.key = table.encode_key(item).tobytes()
         except BadInput:
             raise
         except (TypeError, ValueError):
-            raise BadInput(f"{key!r} is no key of {table!r}: its are {table.key_dtype}.") from None
-        self.most = int(np.iinfo(_version_dtype(table.value_dtype, field)).max)
+            raise BadInput(f"{key} is no key of {table!r}: its are {table.key_dtype}.") from None
+        self._read = table.reader(self.key, buffer)
+        self.most = int(np.iinfo(_version_dtype(table.value_dtype, field)[0]).max)
 
-    def __call__(self) -> int | None:
+    def version(self) -> int | None:
+        """Version of the key; None where it is absent."""
         result = self._read()
         if result == -errno.ENOENT:
             return None
@@ -409,9 +434,66 @@ class _Look:
             raise map_error(-result, f"Looking up the canary's key in {self._table!r}")
         return int(versions_of(self._value, self._field)[0])
 
+    def __call__(self) -> list[tuple[int, int]]:
+        """What was seen since the last call: versions, and when."""
+        version = self.version()
+        return [] if version is None else [(version, time.monotonic_ns())]
 
-def _version_dtype(value: np.dtype[Any], field: str) -> np.dtype[Any]:
-    return value.fields[field][0] if value.fields else value
+    def close(self) -> None:
+        """Nothing of the kernel is held: the map is the caller's."""
+
+
+class _ByProgram(_Look):
+    """Has a program look at the key a thousand times a second."""
+
+    def __init__(self, table: Map, key: str, field: str) -> None:
+        super().__init__(table, key, field)
+        version, at = _version_dtype(table.value_dtype, field)
+        self._open = ExitStack()
+        try:
+            unit = self._open.enter_context(
+                programs.load(
+                    "canary_reader",
+                    TABLE_FD=table.fd,
+                    KEY_SIZE=table.key_size,
+                    VERSION_AT=at,
+                    VERSION_SIZE=version.itemsize,
+                )
+            )
+            unit.map("wanted", value=f"V{table.key_size}").update(0, self.key)
+            # The clock may tick before anybody asks for the first version.
+            before = np.array([(self.version() or 0, 0)], SIGHTING)
+            unit.map("newest", value=SIGHTING).update(0, before[0])
+            self._ring = self._open.enter_context(
+                RingReader(unit.map("sightings"), SIGHTING, batch=1024)
+            )
+            looks = unit.program("look", ProgramKind.PERF_EVENT)
+            self._open.enter_context(
+                Clock(looks.fd, frequency=_TICKS_PER_SECOND, cpu=another_cpu(1))
+            )
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError) and not isinstance(error, LabError):
+                raise Unavailable(
+                    f"This kernel runs no program by a clock ({error.strerror}): take the reader "
+                    "lookups."
+                ) from error
+            raise
+
+    def __call__(self) -> list[tuple[int, int]]:
+        return [(int(one["version"]), int(one["seen_ns"])) for one in self._ring.read()]
+
+    def close(self) -> None:
+        """Stop the clock, and unload the program."""
+        self._open.close()
+
+
+def _version_dtype(value: np.dtype[Any], field: str) -> tuple[np.dtype[Any], int]:
+    """Type of the version, and where it stands in the value, bytes."""
+    if value.fields is None:
+        return value, 0
+    dtype, at = value.fields[field][:2]
+    return dtype, at
 
 
 class _Writer:
@@ -491,6 +573,7 @@ def show(
     *,
     key: str,
     field: str,
+    reader: str,
     per_second: float,
     seconds: float,
     wait_s: float,
@@ -502,7 +585,7 @@ def show(
 
     Parameters
     ----------
-    which, command, key, field, per_second, seconds, wait_s
+    which, command, key, field, reader, per_second, seconds, wait_s
         As for `canary`.
     limit_ms : float or None
         To which 99 % of the versions are held, milliseconds.
@@ -528,6 +611,7 @@ def show(
         command,
         key=key,
         field=field,
+        reader=reader,
         per_second=per_second,
         seconds=seconds,
         wait_s=wait_s,

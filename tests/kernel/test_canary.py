@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from labkit.errors import BadInput, LabError
+from labkit.errors import BadInput, LabError, Unavailable
 from labkit.inspect.canary import canary
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
@@ -61,6 +61,25 @@ def test_every_version_of_a_control_plane_that_works_is_seen(policy: Map) -> Non
     # Only the command wrote, and only this key.
     assert policy.snapshot().keys.tolist() == [80]
     assert int(policy.lookup(80)) == 57
+
+
+def test_a_program_sees_what_lookups_see(policy: Map) -> None:
+    policy.update(80, 41)
+    try:
+        seen = canary(
+            str(policy.id), tool(policy), key="80", reader="program", per_second=8, seconds=2,
+            wait_s=60,
+        )  # fmt: skip
+    except Unavailable as missing:
+        if "by a clock" in str(missing):
+            pytest.skip(f"this kernel lacks a clock for programs: {missing}")
+        raise
+    assert (len(seen), seen.first, seen.unseen, seen.failed) == (16, 42, 0, 0)
+    # A version that did not stand for a millisecond may be passed over.
+    assert int(seen.itself.sum()) + seen.passed_over == 16
+    assert seen.itself.any() and seen.itself[-1] and seen.went_back == 0
+    assert (seen.ages_ms > 0).all() and (seen.seen_ns >= seen.started_ns).all()
+    assert policy.snapshot().keys.tolist() == [80]
 
 
 def test_a_control_plane_that_writes_another_map_is_found_out(policy: Map) -> None:
@@ -160,9 +179,10 @@ def test_a_command_that_hangs_is_killed(policy: Map) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_command_outlives_the_canary(policy: Map, number: signal.Signals) -> None:
-    word = f"86400.{os.getpid()}{number.value}"
-    given = ["canary", str(policy.id), "--key", "80", "--wait", "600", "--"]
+@pytest.mark.parametrize("reader", ["lookups", "program"])
+def test_no_command_outlives_the_canary(policy: Map, number: signal.Signals, reader: str) -> None:
+    word = f"86400.{os.getpid()}{number.value}{reader == 'program':d}"
+    given = ["canary", str(policy.id), "--key", "80", "--wait", "600", "--reader", reader, "--"]
     hangs = ["sleep", word, "0.{version}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "labkit", *given, *hangs], stderr=subprocess.DEVNULL

@@ -91,6 +91,7 @@ def test_another_key_is_refused(text: str) -> None:
     ("command", "settings", "words"),
     [
         (["true"], {}, "no place for the version"),
+        (["true", "{version}"], {"reader": "eyes"}, "A reader is one of lookups, program"),
         (["true", "{version}"], {"per_second": 0.0}, "The rate of a canary"),
         (["true", "{version}"], {"seconds": math.inf}, "The time of a canary"),
         (["true", "{version}"], {"wait_s": -1.0}, "The wait of a canary"),
