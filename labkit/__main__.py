@@ -18,10 +18,11 @@ from typing import Any
 
 from labkit import __version__
 from labkit.errors import BadInput, LabError, Unavailable
+from labkit.kernel.tools import CHECKOUT
 
 # What takes long to import is imported by the command that needs it.
 
-REPORTS = Path(__file__).resolve().parents[1] / "reports"
+REPORTS = (CHECKOUT or Path.cwd()) / "reports"
 """Where the report goes unless the caller says otherwise."""
 
 EXIT = (

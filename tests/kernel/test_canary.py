@@ -20,6 +20,8 @@ from labkit.inspect.canary import canary
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 
+pytestmark = pytest.mark.outside_vm("commands and lookups are the same on every kernel")
+
 # A control plane's own tool: sets the value of key 80 of a map. What follows the version is done
 # before, in its own process.
 TOOL = """

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.outside_vm("what pip installs is the same on every kernel")
+
 ROOT = Path(__file__).parents[2]
 PROJECT = ("labkit", "experiments", "bpf", "pyproject.toml", "README.md", "LICENSE")
 
