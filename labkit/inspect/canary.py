@@ -51,6 +51,7 @@ SHARES: Final = (0.5, 0.9, 0.99)
 
 _READ: Final = (MapKind.HASH, MapKind.LRU_HASH, MapKind.ARRAY, MapKind.LPM_TRIE)
 _LOOK_S: Final = 0.001
+_LAST_WORDS: Final = 4096  # bytes of what a failed command said
 _TICKS_PER_SECOND: Final = 1000  # of the clock that runs a reader program
 
 READERS: Final = ("lookups", "program")
@@ -545,7 +546,8 @@ class _Writer:
 
     def failure(self, status: int, version: int) -> LabError:
         """What to say of a command that failed."""
-        self._said.seek(0)
+        size = self._said.seek(0, os.SEEK_END)
+        self._said.seek(max(0, size - _LAST_WORDS))
         lines = self._said.read().decode(errors="replace").strip().splitlines()
         how = f"status {status}" if status > 0 else f"signal {-status}"
         said = f" ({lines[-1].strip()})" if lines else ""

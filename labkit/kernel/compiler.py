@@ -243,13 +243,15 @@ def _compiled_by_child(name: str, flags: list[str], open_places: list[str]) -> s
                 return str(child.result(_LIMIT_S))
         except TimedOut:
             raise LoadFailed(f"bpf/{name}.bpf.c was not compiled within {_LIMIT_S:g} s.") from None
-        except Exception as error:  # bcc raises plain Exception; a child that died is a LabError
-            ending = str(error)
+        except LabError as error:  # it died: what it had said by then were warnings, if anything
+            ending, died = str(error), True
+        except Exception as error:  # bcc raises plain Exception
+            ending, died = str(error), False
         file.seek(0)
         said = file.read().decode(errors="replace")
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if "error:" in line.lower()]
-    reason = (errors or lines or [ending])[0]
+    reason = (errors or ([] if died else lines) or [ending])[0]
     raise LoadFailed(f"bpf/{name}.bpf.c does not compile or load: {reason}")
 
 
