@@ -1,7 +1,18 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* How a program tells followers of a change that it made: labkit.sync.ring_events reads this. */
-/* Before including it define KEY and VALUE, the types of the map, and, as maps, RING and COUNTS; */
-/* WAKEUP as in wakeup.h, and PROGRAM, a number from 0 on that no other program of COUNTS has. */
+/* How a program tells followers of a change that it made: labkit.sync.ring_events reads this.
+ *
+ * For bcc's dialect of C, and for libbpf: there include <linux/bpf.h> (or vmlinux.h) and
+ * <bpf/bpf_helpers.h> before it. Its types are those of the kernel's user space headers (__u64), so
+ * that it needs no typedef of yours. Before including it define
+ *
+ *   KEY, VALUE    types of the map
+ *   RING, COUNTS  the ring buffer, and a per-CPU array of struct change_counts, as bpf_* calls take
+ *                 them: &changes, &counts with libbpf
+ *   PROGRAM       a number from 0 on that no other program of COUNTS has
+ *   WAKEUP        as in wakeup.h; without it the kernel's own rule
+ *
+ * What is local here begins with ce_: RING, COUNTS and PROGRAM may name anything else of yours.
+ */
 #ifndef CHANGE_EVENT_H
 #define CHANGE_EVENT_H
 
@@ -10,82 +21,89 @@
 #define CHANGE_UPDATE 1
 #define CHANGE_DELETE 2
 
+#ifdef __BPF_HELPERS__  // the guard of <bpf/bpf_helpers.h>
+#define ce_lookup bpf_map_lookup_elem
+#else
+#define ce_lookup bpf_map_lookup_elem_
+#endif
+
 /* labkit.sync.changes.event_dtype is the same layout. */
 struct change_event {
-	u64 seq;           // how many changes this program had produced on this CPU before
-	u64 version;       // of the key; a delete has one of its own
-	u64 committed_ns;  // when the map had taken the change
-	u8 kind;
-	u8 program;
-	u16 cpu;
-	u32 dropped;       // how many of those that it had produced before found no room
+	__u64 seq;           // how many changes this program had produced on this CPU before
+	__u64 version;       // of the key; a delete has one of its own
+	__u64 committed_ns;  // when the map had taken the change
+	__u8 kind;
+	__u8 program;
+	__u16 cpu;
+	__u32 dropped;       // how many of those that it had produced before found no room
 	KEY key __attribute__((aligned(8)));
 	VALUE value __attribute__((aligned(8)));
 };
 
 /* An element of COUNTS, a per-CPU array: produced = emitted + dropped, at any moment. */
 struct change_counts {
-	u64 emitted;
-	u64 dropped;
+	__u64 emitted;
+	__u64 dropped;
 };
 
 /* Changes that no event tells of: the follower sees the count move, and reads the map instead. */
-static inline void count_dropped(u64 changes)
+static inline void count_dropped(__u64 ce_changes)
 {
-	u32 program = PROGRAM;
-	struct change_counts *counts = bpf_map_lookup_elem_(COUNTS, &program);
+	__u32 ce_program = PROGRAM;
+	struct change_counts *ce_counts = ce_lookup(COUNTS, &ce_program);
 
-	if (counts)
-		__sync_fetch_and_add(&counts->dropped, changes);
+	if (ce_counts)
+		__sync_fetch_and_add(&ce_counts->dropped, ce_changes);
 }
 
 /* An event of which all but key and value stands; NULL, and counted, where it finds no room. */
-static inline struct change_event *begin_change(struct change_counts *counts, u8 kind, u64 version)
+static inline struct change_event *begin_change(struct change_counts *ce_counts, __u8 ce_kind,
+						__u64 ce_version)
 {
-	struct change_event *event = bpf_ringbuf_reserve(RING, sizeof(*event), 0);
+	struct change_event *ce_event = bpf_ringbuf_reserve(RING, sizeof(*ce_event), 0);
 
-	if (!event) {
-		__sync_fetch_and_add(&counts->dropped, 1);
-		return NULL;
+	if (!ce_event) {
+		__sync_fetch_and_add(&ce_counts->dropped, 1);
+		return (void *)0;
 	}
-	event->seq = counts->emitted + counts->dropped;
-	event->version = version;
-	event->committed_ns = bpf_ktime_get_ns();
-	event->kind = kind;
-	event->program = PROGRAM;
-	event->cpu = bpf_get_smp_processor_id();
-	event->dropped = counts->dropped;
-	return event;
+	ce_event->seq = ce_counts->emitted + ce_counts->dropped;
+	ce_event->version = ce_version;
+	ce_event->committed_ns = bpf_ktime_get_ns();
+	ce_event->kind = ce_kind;
+	ce_event->program = PROGRAM;
+	ce_event->cpu = bpf_get_smp_processor_id();
+	ce_event->dropped = ce_counts->dropped;
+	return ce_event;
 }
 
-static inline void end_change(struct change_counts *counts, struct change_event *event)
+static inline void end_change(struct change_counts *ce_counts, struct change_event *ce_event)
 {
-	u64 seq = event->seq;
+	__u64 ce_seq = ce_event->seq;
 
-	__sync_fetch_and_add(&counts->emitted, 1);
-	bpf_ringbuf_submit(event, wakeup(seq));
+	__sync_fetch_and_add(&ce_counts->emitted, 1);
+	bpf_ringbuf_submit(ce_event, wakeup(ce_seq));
 }
 
-/* Call it once the map has taken the change; value is NULL for a delete. Dropped is what finds no
+/* Call it once the map has taken the change; ce_value is NULL for a delete. Dropped is what finds no
  * room: the follower sees the count move, and reads the map instead.
  */
-static inline void emit_change(u8 kind, KEY *key, VALUE *value, u64 version)
+static inline void emit_change(__u8 ce_kind, KEY *ce_key, VALUE *ce_value, __u64 ce_version)
 {
-	u32 program = PROGRAM;
-	struct change_counts *counts = bpf_map_lookup_elem_(COUNTS, &program);
-	struct change_event *event;
+	__u32 ce_program = PROGRAM;
+	struct change_counts *ce_counts = ce_lookup(COUNTS, &ce_program);
+	struct change_event *ce_event;
 
-	if (!counts)
+	if (!ce_counts)
 		return;
-	event = begin_change(counts, kind, version);
-	if (!event)
+	ce_event = begin_change(ce_counts, ce_kind, ce_version);
+	if (!ce_event)
 		return;
-	event->key = *key;
-	if (value)
-		event->value = *value;
+	ce_event->key = *ce_key;
+	if (ce_value)
+		ce_event->value = *ce_value;
 	else
-		__builtin_memset(&event->value, 0, sizeof(event->value));
-	end_change(counts, event);
+		__builtin_memset(&ce_event->value, 0, sizeof(ce_event->value));
+	end_change(ce_counts, ce_event);
 }
 
 #endif

@@ -10,12 +10,12 @@
 #define WAKEUP_ADAPTIVE 3  // wake once WAKEUP_AT bytes stand unread
 #define WAKEUP_NEVER 4     // the reader looks by its own timer
 
-static u64 wakeup(u64 seq)
+static __u64 wakeup(__u64 ce_seq)
 {
 #if WAKEUP == WAKEUP_ALWAYS
 	return BPF_RB_FORCE_WAKEUP;
 #elif WAKEUP == WAKEUP_EVERY_N
-	return seq % WAKEUP_AT == WAKEUP_AT - 1 ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
+	return ce_seq % WAKEUP_AT == WAKEUP_AT - 1 ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
 #elif WAKEUP == WAKEUP_ADAPTIVE
 	return bpf_ringbuf_query(RING, BPF_RB_AVAIL_DATA) >= WAKEUP_AT ? BPF_RB_FORCE_WAKEUP
 								       : BPF_RB_NO_WAKEUP;

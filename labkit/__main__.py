@@ -16,15 +16,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from labkit.errors import BadInput, LabError
+from labkit import __version__
+from labkit.errors import BadInput, LabError, Unavailable
+from labkit.kernel.tools import CHECKOUT
 
 # What takes long to import is imported by the command that needs it.
 
-REPORTS = Path(__file__).resolve().parents[1] / "reports"
+REPORTS = (CHECKOUT or Path.cwd()) / "reports"
 """Where the report goes unless the caller says otherwise."""
 
 EXIT = (
-    "Exit status: 0 all is well; 1 a finding fails, a bar falls short or a verdict changed; 2 the "
+    "Exit status: 0 all is well; 1 a finding fails, a bar falls short, a verdict changed or a "
+    "canary was not seen within its limit; 2 the "
     "command was misused; 3 this machine lacks what it needs; 4 it could not do its work (the "
     "kernel refused, the disk is full, time was up); 5 a diagnosis has a cause; 70 an error of the "
     "lab itself; 130 after Ctrl-C."
@@ -32,6 +35,20 @@ EXIT = (
 CAUSE_FOUND, OWN_ERROR = 5, 70
 
 Command = Callable[[argparse.Namespace], int]
+
+
+class _NotInstalled(Unavailable):
+    """A command of the lab, where only what an agent needs was installed."""
+
+    def __init__(self, package: str | None) -> None:
+        super().__init__(
+            f"This command needs the Python package {package}: pip install "
+            "'map-freshness-lab[lab]' brings what experiments, figures and reports need."
+        )
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in ("", "labkit", "experiments")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("LABKIT_TRACEBACK"):
             raise
+        if isinstance(error, ModuleNotFoundError) and not _is_ours(error.name or ""):
+            return _complain(_NotInstalled(error.name))
         what = " ".join(f"{type(error).__name__}: {error}".split())
         tell = f"This is an error of the lab itself ({what}). LABKIT_TRACEBACK=1 shows where."
         print(tell, file=sys.stderr, flush=True)
@@ -252,6 +271,25 @@ def _watch(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def _canary(chosen: argparse.Namespace) -> int:
+    from labkit.inspect import canary
+
+    held = canary.show(
+        chosen.map,
+        chosen.writer,
+        key=chosen.key,
+        field=chosen.field,
+        reader=chosen.reader,
+        per_second=chosen.rate,
+        seconds=chosen.seconds,
+        wait_s=chosen.wait,
+        limit_ms=chosen.limit_ms,
+        as_json=chosen.json,
+        prometheus_file=chosen.prometheus,
+    )
+    return int(not held)
+
+
 def _clean(chosen: argparse.Namespace) -> int:
     from labkit.kernel import leftovers
     from labkit.lab import parts
@@ -302,12 +340,16 @@ class _Line:
 
 
 def _seconds(text: str) -> float:
+    return _positive(text, "seconds")
+
+
+def _positive(text: str, what: str = "a number") -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"give seconds, more than 0 and finite, not {text!r}")
+        raise argparse.ArgumentTypeError(f"give {what}, more than 0 and finite, not {text!r}")
     return value
 
 
@@ -334,10 +376,11 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m labkit",
+        prog="labkit",
         description="A laboratory for stale, lost and torn eBPF map data on the running kernel.",
         epilog=EXIT,
     )
+    parser.add_argument("--version", action="version", version=f"labkit {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Command, help: str) -> argparse.ArgumentParser:
@@ -411,6 +454,37 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("map", metavar="MAP", help="id, path of a pin, or name")
     watch.add_argument("--seconds", type=_seconds, default=math.inf, metavar="S",
                        help="when to end; else by Ctrl-C")  # fmt: skip
+
+    canary = add(
+        "canary", _canary,
+        "how fresh your control plane keeps a map: have versions of a key written, see them there; "
+        "1: one is never seen, or the limit is exceeded",
+    )  # fmt: skip
+    canary.add_argument("map", metavar="MAP", help="id, path of a pin, or name")
+    canary.add_argument(
+        "writer", nargs="+", metavar="COMMAND",
+        help="behind --; writes the key through your control plane; {version} is the number",
+    )  # fmt: skip
+    canary.add_argument("--key", required=True, metavar="KEY",
+                        help="that nobody else writes: 80, [6, 80] or hex:0a000001")  # fmt: skip
+    canary.add_argument("--field", default="version", metavar="NAME",
+                        help="of a value of several fields: its version (version)")  # fmt: skip
+    canary.add_argument(
+        "--reader", choices=("lookups", "program"), default="lookups",
+        help="who looks at the key: this process, or a BPF program at the tick of a clock, which "
+        "needs bcc (lookups)",
+    )  # fmt: skip
+    canary.add_argument("--rate", type=_positive, default=10.0, metavar="N",
+                        help="versions a second (10)")  # fmt: skip
+    canary.add_argument("--seconds", type=_seconds, default=10.0, metavar="S",
+                        help="how long to go on (10)")  # fmt: skip
+    canary.add_argument("--wait", type=_seconds, default=5.0, metavar="S",
+                        help="how long a command, and the last version, may take (5)")  # fmt: skip
+    canary.add_argument("--limit-ms", type=_positive, metavar="MS",
+                        help="age that 99 %% of the versions must keep to")  # fmt: skip
+    canary.add_argument("--json", action="store_true", help="for scripts")
+    canary.add_argument("--prometheus", metavar="FILE",
+                        help="text for node_exporter's textfile collector")  # fmt: skip
 
     add("clean", _clean, "remove what a killed run left in the kernel")
     return parser

@@ -35,7 +35,7 @@ find_python() {
 }
 
 # What makes an environment stale when it changes: the place, the interpreter, the pins, and the
-# packages of this checkout that it finds.
+# packages and commands of this checkout that it finds.
 wanted() {
     printf '%s\n' "$LAB_ROOT"
     "$1" -I -c '
@@ -44,7 +44,7 @@ with open(sys.argv[1], "rb") as file:
     content = tomllib.load(file)
 project, packages = content["project"], content["tool"]["setuptools"]["packages"]["find"]["include"]
 pins = project["dependencies"] + [p for extra in project["optional-dependencies"].values() for p in extra]
-print(sys.version.split()[0], *pins, *packages, sep="\n")' "$LAB_ROOT/pyproject.toml"
+print(sys.version.split()[0], *pins, *packages, *project["scripts"], sep="\n")' "$LAB_ROOT/pyproject.toml"
 }
 
 install_environment() {
@@ -54,7 +54,7 @@ install_environment() {
         "$python" -m venv --clear "$venv"
     fi
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input \
-        --editable "${LAB_ROOT}[test,go]"
+        --editable "${LAB_ROOT}[lab,test,go]"
 }
 
 mkdir -p "$LAB_STATE"

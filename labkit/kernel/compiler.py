@@ -2,7 +2,7 @@
 
 A fault within LLVM ends the process that it runs in, so that is never the user's. bcc makes the
 maps of a source while it compiles it; the child tells what they are and goes, and its caller
-makes them anew. What was compiled is kept in ``.lab/objects``, by everything that it depends on.
+makes them anew. What was compiled is kept in `KEPT`, by everything that it depends on.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from labkit.errors import BadInput, LabError, TimedOut
 from labkit.kernel import libbpf, tools
 from labkit.kernel.parallel import Child
 
-SOURCES = Path(__file__).parents[2] / "bpf"
-"""Where the programs' sources stand."""
+SOURCES = tools.CHECKOUT / "bpf" if tools.CHECKOUT else Path(__file__).parents[1] / "bpf"
+"""Where the programs' sources stand: in the checkout, else beside the installed modules."""
 
-KEPT = Path(__file__).parents[2] / ".lab" / "objects"
+KEPT = tools.cache_folder() / "objects"
 """Where compiled sources are kept; without it, all are compiled each time."""
 
 _MOST_KEPT: Final = 1000
@@ -243,13 +243,15 @@ def _compiled_by_child(name: str, flags: list[str], open_places: list[str]) -> s
                 return str(child.result(_LIMIT_S))
         except TimedOut:
             raise LoadFailed(f"bpf/{name}.bpf.c was not compiled within {_LIMIT_S:g} s.") from None
-        except Exception as error:  # bcc raises plain Exception; a child that died is a LabError
-            ending = str(error)
+        except LabError as error:  # it died: what it had said by then were warnings, if anything
+            ending, died = str(error), True
+        except Exception as error:  # bcc raises plain Exception
+            ending, died = str(error), False
         file.seek(0)
         said = file.read().decode(errors="replace")
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if "error:" in line.lower()]
-    reason = (errors or lines or [ending])[0]
+    reason = (errors or ([] if died else lines) or [ending])[0]
     raise LoadFailed(f"bpf/{name}.bpf.c does not compile or load: {reason}")
 
 

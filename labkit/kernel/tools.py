@@ -12,9 +12,33 @@ from typing import Any, Final
 
 from labkit.errors import Unavailable
 
-MERGED_HEADERS: Final = Path(__file__).resolve().parents[2] / ".lab" / "headers"
+_ABOVE: Final = Path(__file__).resolve().parents[2]
+
+CHECKOUT: Final = _ABOVE if (_ABOVE / "pyproject.toml").is_file() else None
+"""The checkout that this code runs from; None where it was installed."""
+
+
+def cache_folder() -> Path:
+    """Where the lab keeps what it can make again.
+
+    Returns
+    -------
+    pathlib.Path
+        ``.lab`` of the checkout. Where the lab was installed, ``/var/cache/labkit`` for root: what
+        stands there is loaded into the kernel, so no other user may write to it. For others
+        ``labkit`` below ``XDG_CACHE_HOME`` or ``~/.cache``.
+    """
+    if CHECKOUT is not None:
+        return CHECKOUT / ".lab"
+    if os.geteuid() == 0:
+        return Path("/var/cache/labkit")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labkit"
+
+
+MERGED_HEADERS: Final = cache_folder() / "headers"
 """Tree of links that ``provision/headers.sh`` makes where the kernel has no headers of its own."""
 
+_OF_DEBIAN: Final = "/usr/lib/python3/dist-packages"
 _TRACEFS: Final = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
 
 
@@ -48,7 +72,10 @@ def headers_folder() -> Path:
             return archive
         if (folder / "include").is_dir():
             return folder
-    raise Unavailable("There are no kernel headers for bcc: make setup installs some.")
+    raise Unavailable(
+        "There are no kernel headers for bcc: make setup installs some; without a checkout, "
+        "apt-get install linux-headers-amd64 does, or BCC_KERNEL_SOURCE names theirs."
+    )
 
 
 def headers_version() -> str:
@@ -80,24 +107,28 @@ def import_bcc() -> Any:
     Returns
     -------
     module
-        The distribution's ``bcc``.
+        The distribution's ``bcc``. It is pure Python over libbcc, so that an environment of its
+        own takes it from where Debian keeps it.
 
     Raises
     ------
     Unavailable
         bcc is missing, or another package has taken its name.
     """
+    sys.path.append(_OF_DEBIAN)
     try:
         bcc = importlib.import_module("bcc")
     except (ImportError, OSError) as error:
         raise Unavailable(
-            f"bcc is missing ({error}): make setup installs python3-bpfcc and links it into the "
-            "environment."
+            f"bcc is missing ({error}): make setup installs python3-bpfcc; without a checkout, "
+            "apt-get install python3-bpfcc does (the package bcc of PyPI is unrelated software)."
         ) from error
+    finally:
+        sys.path.remove(_OF_DEBIAN)
     if not hasattr(bcc, "BPF"):
         raise Unavailable(
             "The package bcc in this environment is not the BPF Compiler Collection but its "
-            "namesake on the Python index: uninstall it, then run make setup."
+            "namesake on the Python index: pip uninstall bcc, then apt-get install python3-bpfcc."
         )
     return bcc
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from labkit import runs
 from labkit.errors import BadInput
+from labkit.kernel import tools
 from labkit.kernel.provenance import emulated, provenance
 from labkit.lab import parts, progress
 from labkit.lab.catalogue import find, load
@@ -17,7 +18,7 @@ from labkit.lab.parts import Parts
 from labkit.lab.worker import Say, Worker
 from labkit.runs import Run
 
-RUNS = Path(__file__).resolve().parents[2] / "runs"
+RUNS = (tools.CHECKOUT or Path.cwd()) / "runs"
 """Where runs are saved unless the caller says otherwise."""
 
 TIME_LIMIT_S = {"quick": 120.0, "full": 900.0}
