@@ -334,6 +334,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "bpf_map_get_fd_by_id": (c_uint32,),
     "bpf_prog_get_fd_by_id": (c_uint32,),
     "bpf_link_get_fd_by_id": (c_uint32,),
+    "bpf_prog_attach": (c_int, c_int, c_uint32, c_uint32),
+    "bpf_prog_detach2": (c_int, c_int, c_uint32),
     "bpf_prog_query": (c_int, c_int, c_uint32, c_void_p, c_void_p, c_void_p),
     "bpf_btf_load": (c_void_p, c_size_t, c_void_p),
     "bpf_prog_load": (c_int, c_char_p, c_char_p, c_void_p, c_size_t, c_void_p),
