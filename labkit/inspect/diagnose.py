@@ -34,6 +34,7 @@ _READ: Final = _HASHES | _LRU | _ARRAYS | {"lpm_trie"}
 _STREAMS: Final = {"ringbuf", "user_ringbuf", "perf_event_array", "queue", "stack"}
 _PER_CPU: Final = {kind.name.lower() for kind in PER_CPU}
 _ALMOST_FULL: Final = 0.9
+_ENDED_BY_HOLDER: Final = {"raw_tracepoint", "tracing", "lsm", "kprobe", "tracepoint"}
 _MOST_TWINS: Final = 100
 _MOST_LISTED: Final = 4
 _MOST_USERS: Final = 20
@@ -426,18 +427,7 @@ def _of_its_readers(state: MapState) -> Iterator[Diagnostic]:
             "second-map-after-reload",
         )
     if state.standing(one.id) is Standing.NOWHERE:
-        names = _listed([f"{user.id} {user.name} ({user.kind})" for user in users[:_MOST_LISTED]])
-        more = f", as are {len(users) - _MOST_LISTED} more" if users[_MOST_LISTED:] else ""
-        lost = next(filter(None, (_lost_link(state, user) for user in users)), "")
-        yield Diagnostic(
-            "cause",
-            f"Program{'s' if users[1:] else ''} {names} {'are' if users[1:] else 'is'} loaded and "
-            f"attached nowhere{more}{lost and f' ({lost})'}: no packet, call or event leads to a "
-            "program that uses this map.",
-            "Attach it again, and look who took it away: an agent that starts, or a device that "
-            "was made anew.",
-            "second-map-after-reload",
-        )
+        yield _of_nowhere(state, users)
     elif state.standing(one.id) is Standing.UNKNOWN:
         yield Diagnostic(
             "risk",
@@ -473,6 +463,40 @@ def _of_its_readers(state: MapState) -> Iterator[Diagnostic]:
             "CPU is weakly ordered.",
             "mmap-msync",
         )
+
+
+def _of_nowhere(state: MapState, users: list[ProgramObject]) -> Diagnostic:
+    """All programs that refer to the map are loaded, and none of them runs.
+
+    Others can take a filter or the program of a cgroup away. What only its own process can end is
+    perhaps not meant to be attached, as long as other programs of that load are.
+    """
+    names = _listed([f"{user.id} {user.name} ({user.kind})" for user in users[:_MOST_LISTED]])
+    more = f", as are {len(users) - _MOST_LISTED} more" if users[_MOST_LISTED:] else ""
+    lost = next(filter(None, (_lost_link(state, user) for user in users)), "")
+    chosen = (
+        not lost
+        and all(user.kind in _ENDED_BY_HOLDER for user in users)
+        and any(
+            one.btf_id in {user.btf_id for user in users} - {0}
+            and state.survey.standing(one.id) is Standing.ATTACHED
+            for one in state.objects.programs.values()
+        )
+    )
+    return Diagnostic(
+        "risk" if chosen else "cause",
+        f"Program{'s' if users[1:] else ''} {names} {'are' if users[1:] else 'is'} loaded and "
+        f"attached nowhere{more}{lost and f' ({lost})'}: "
+        + (
+            "other programs of this load run, so that their process may have switched this off, "
+            "or calls it by BPF_PROG_RUN."
+            if chosen
+            else "no packet, call or event leads to a program that uses this map."
+        ),
+        "Attach it again, and look who took it away: an agent that starts, or a device that was "
+        "made anew.",
+        "second-map-after-reload",
+    )
 
 
 def _of_its_keys(state: MapState) -> Iterator[Diagnostic]:

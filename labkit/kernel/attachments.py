@@ -28,8 +28,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
-from labkit.kernel import libbpf, netlink
-from labkit.kernel.objects import LinkObject, Objects
+from labkit.errors import Unavailable
+from labkit.kernel import btf, libbpf, netlink
+from labkit.kernel.objects import LinkObject, Objects, ProgramObject
 
 _LIMIT_S: Final = 3.0
 """For the namespaces, and for the cgroups, of a machine."""
@@ -85,13 +86,16 @@ _WHERE_SEEN: Final[Mapping[str, str]] = {
     **dict.fromkeys(("raw_tracepoint", "raw_tracepoint_writable", "tracing"), _SEEN_WHOLE),
     **dict.fromkeys(("lsm", "ext", "netfilter"), _SEEN_WHOLE),
 }
+_ITERATOR: Final = "iterator"  # a tracing program that is linked for as long as it is read
 _HIDDEN_WHERE: Final[Mapping[str, str]] = {
     "socket_filter": "the kernel does not tell which socket or rule it guards",
     "sk_reuseport": "the kernel does not tell which group of sockets it serves",
     "syscall": "it runs when a process calls BPF_PROG_RUN",
     "struct_ops": "its struct_ops map says whether it is registered",
+    _ITERATOR: "it is an iterator, which runs when somebody reads it",
     **dict.fromkeys(
-        ("lwt_in", "lwt_out", "lwt_xmit", "lwt_seg6local"), "routes, which do not tell its id"
+        ("lwt_in", "lwt_out", "lwt_xmit", "lwt_seg6local"),
+        "it runs for routes, which do not tell its id",
     ),
 }
 _PLACES: Final = {
@@ -307,7 +311,9 @@ class _Look:
 
     def __init__(self, now: Objects) -> None:
         self._now = now
-        self._kinds = {one.id: one.kind for one in now.programs.values()}
+        self._kinds = {
+            one.id: _ITERATOR if _iterates(one) else one.kind for one in now.programs.values()
+        }
         self._present = set(self._kinds.values())
         self._found: list[Attachment] = []
         self._detached: list[LinkObject] = []
@@ -669,6 +675,15 @@ class _Namespace:
 
     def command(self, words: str) -> str:
         return self.prefix + words
+
+
+def _iterates(program: ProgramObject) -> bool:
+    """Whether a program is an iterator: it is loaded for a function ``bpf_iter_...``."""
+    if program.kind != "tracing":
+        return False
+    with suppress(Unavailable):
+        return btf.kernel_type_name(program.attach_btf_id).startswith("bpf_iter_")
+    return False
 
 
 def _tail_calls(kind: str) -> str:

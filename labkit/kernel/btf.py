@@ -112,6 +112,29 @@ def member_offset(struct_name: str, member: str) -> int:
     return bits // 8
 
 
+def kernel_type_name(type_id: int) -> str:
+    """Name of a type or function in the kernel's own BTF.
+
+    Parameters
+    ----------
+    type_id : int
+        Such as ``attach_btf_id`` of a program.
+
+    Returns
+    -------
+    str
+        Empty where the BTF has no such type.
+
+    Raises
+    ------
+    Unavailable
+        The kernel shows no BTF.
+    """
+    kernel = _kernel_btf()
+    known = type_id > 0 and libbpf.api().btf__type_by_id(kernel, type_id)
+    return _type(kernel, type_id).name if known else ""
+
+
 @functools.cache
 def _kernel_btf() -> int:
     # Kept for the life of the process: it is parsed once, and every answer comes from it.

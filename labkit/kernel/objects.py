@@ -109,6 +109,8 @@ class ProgramObject:
         The maps it refers to: these very ones, whatever else has the same name.
     btf_id : int
         Its BTF, which the programs of one loaded object have in common; 0 where it has none.
+    attach_btf_id : int
+        The kernel's function, by BTF, that it was loaded for; 0 where it is not of such a type.
     pids : tuple of int
         Processes that hold a descriptor of it, a perf event that runs it, or a private
         bpffs with a pin of it.
@@ -126,6 +128,7 @@ class ProgramObject:
     pids: tuple[int, ...] = ()
     pins: tuple[str, ...] = ()
     btf_id: int = 0
+    attach_btf_id: int = 0
 
 
 @dataclass(frozen=True)
@@ -479,6 +482,7 @@ def _read_program(identifier: int) -> ProgramObject | None:
             jited_bytes=info.jited_prog_len,
             map_ids=tuple(libbpf.prog_map_ids(fd)),
             btf_id=info.btf_id,
+            attach_btf_id=info.attach_btf_id,
         )
     return None
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from labkit.inspect.diagnose import diagnose
 from labkit.kernel import attachments, libbpf, tools
 from labkit.kernel.attachments import Attachment, Standing, Survey
 from labkit.kernel.libbpf import AttachType, MapKind, ProgramKind
@@ -240,11 +241,68 @@ def test_a_tail_call_is_a_way_as_long_as_its_caller_runs(closing: ExitStack) -> 
     libbpf.close(table)
 
 
-def test_what_a_socket_or_a_caller_runs_is_never_called_nowhere(closing: ExitStack) -> None:
-    hidden = [loaded(closing, ProgramKind.SOCKET_FILTER)[1]]
+def test_what_a_socket_or_a_reader_runs_is_never_called_nowhere(closing: ExitStack) -> None:
+    tasks = libbpf.vmlinux_function_id("task", AttachType.TRACE_ITER)
+    iterator = loaded(
+        closing, ProgramKind.TRACING, attach_type=AttachType.TRACE_ITER, attach_btf_id=tasks
+    )
+    hidden = [loaded(closing, ProgramKind.SOCKET_FILTER)[1], iterator[1]]
     found = seen()
     for program_id in hidden:
         assert found.standing(program_id) is Standing.HIDDEN and found.blind(program_id)
+
+
+def referring(closing: ExitStack, name: str) -> tuple[int, int, int]:
+    """A map and a tc program that refers to it: ids of both, and the program's descriptor."""
+    table = libbpf.map_create(MapKind.HASH, name=name, key_size=4, value_size=4, max_entries=8)
+    closing.callback(libbpf.close, table)
+    refers = b"\x18\x11\0\0" + table.to_bytes(4, "little") + bytes(8)
+    fd, program_id = loaded(closing, ProgramKind.TC, refers + RETURN_ZERO)
+    return libbpf.map_info(table).id, program_id, fd
+
+
+def test_two_filters_of_two_loads_and_what_is_left_when_the_new_one_goes(
+    closing: ExitStack, pins: PinFolder, network: Network
+) -> None:
+    network.do("tc qdisc add dev near clsact")
+    with ExitStack() as old:
+        old_map, old_program, fd = referring(old, "labkit_twice")
+        libbpf.pin(fd, pins.path("old"))
+        network.do(f"tc filter add dev near ingress pref 1 bpf da pinned {pins.path('old')}")
+        pins.unpin("old")
+    new_map, new_program, fd = referring(closing, "labkit_twice")
+    libbpf.pin(fd, pins.path("new"))
+    network.do(f"tc filter add dev near ingress pref 2 bpf da pinned {pins.path('new')}")
+    for asked, other in ((new_map, old_map), (old_map, new_map)):
+        (found,) = diagnose(str(asked))
+        (cause,) = (one for one in found.diagnostics if one.weight == "cause")
+        assert f"map {other} is called labkit_twice too" in cause.says
+        assert "tc ingress of dev near" in cause.says and "pref 1" in cause.says
+        assert "pref 1 handle 0x1 bpf" in cause.do and "pref 2" not in cause.do
+    network.do("tc filter del dev near ingress pref 2")
+    (found,) = diagnose(str(new_map))
+    causes = [one.says for one in found.diagnostics if one.weight == "cause"]
+    assert len(causes) == 2
+    assert f"program {old_program} labkit_at uses it" in causes[0]
+    assert f"Program {new_program} labkit_at (tc) is loaded and attached nowhere" in causes[1]
+    (found,) = diagnose(str(old_map))
+    assert not found.has_cause
+
+
+def test_filters_of_two_devices_are_two_instances(
+    closing: ExitStack, pins: PinFolder, network: Network
+) -> None:
+    asked = []
+    for device in ("near", "far"):
+        map_id, _, fd = referring(closing, "labkit_each")
+        asked.append(map_id)
+        libbpf.pin(fd, pins.path(device))
+        network.do(f"tc qdisc add dev {device} clsact")
+        network.do(f"tc filter add dev {device} ingress bpf da pinned {pins.path(device)}")
+    for map_id in asked:
+        (found,) = diagnose(str(map_id))
+        assert not found.has_cause and "attached nowhere" not in str(found)
+        assert "map {} is called".format(*{*asked} - {map_id}) in str(found)
 
 
 def test_a_program_without_a_qdisc(closing: ExitStack, network: Network) -> None:
@@ -280,7 +338,7 @@ def test_bpftool_knows_no_attachment_that_was_missed(closing: ExitStack, network
         (told,) = json.loads(done.stdout)
         return {one["id"] for some in told.values() for one in some if "id" in one}
 
-    name, index = network.near_in_ours()
+    _, index = network.near_in_ours()
     fd, program_id = loaded(closing, ProgramKind.XDP, RETURN_ONE, attach_type=AttachType.XDP)
     link = libbpf.api().bpf_link_create(fd, index, int(AttachType.XDP), None)
     closing.callback(libbpf.close, libbpf.checked(link, "attaching"))

@@ -187,6 +187,15 @@ def test_nowhere_is_said_only_where_all_was_seen(
     assert ("attached nowhere" in str(Diagnosis(found, ()))) == (weight == "cause")
 
 
+def test_what_only_its_process_ends_is_perhaps_not_meant_to_run() -> None:
+    idle, busy = replace(program(7, 1), btf_id=5), replace(program(8, 2), btf_id=5)
+    for kind, weight in (("raw_tracepoint", "risk"), ("tc", "cause")):
+        users = replace(idle, kind=kind), replace(busy, kind=kind)
+        where = Survey((at(8),), kinds={7: kind, 8: kind})
+        found = facts(made(1), made(2, "other"), programs=users, survey=where)
+        assert said(found) == {"second-map-after-reload": weight}
+
+
 def test_a_link_that_lost_its_device_is_named() -> None:
     where = running(nowhere=(7,), detached=(LinkObject(5, "xdp", 7, "ifindex=0"),))
     (cause,) = diagnostics(facts(made(1), programs=(program(7, 1),), survey=where))
