@@ -11,7 +11,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -35,7 +35,7 @@ _STREAMS: Final = {"ringbuf", "user_ringbuf", "perf_event_array", "queue", "stac
 _PER_CPU: Final = {kind.name.lower() for kind in PER_CPU}
 _ALMOST_FULL: Final = 0.9
 _ENDED_BY_HOLDER: Final = {"raw_tracepoint", "tracing", "lsm", "kprobe", "tracepoint"}
-_MOST_TWINS: Final = 100
+_MOST_TWINS: Final = 50
 _MOST_LISTED: Final = 4
 _MOST_USERS: Final = 20
 _NAME_BYTES: Final = 15
@@ -137,6 +137,7 @@ class Diagnosis:
                     "id": user.id,
                     "name": user.name,
                     "kind": user.kind,
+                    "held_by": self.state.objects.holders(user),
                     "standing": self.state.survey.standing(user.id).value,
                     "attached": [asdict(at) for at in self.state.survey.of(user.id)],
                     "unknown": self.state.survey.blind(user.id),
@@ -259,18 +260,22 @@ def _of_its_name(state: MapState) -> Iterator[Diagnostic]:
     if _is_constants(state.map):
         return
     nearest = sorted(state.objects.twins(state.map_id), key=lambda one: abs(one.id - state.map_id))
+    cut = len(state.map.name) == _NAME_BYTES
+    note = (
+        f" The kernel cuts a name to {_NAME_BYTES} bytes: the whole ones may differ." if cut else ""
+    )
     risks = []
     for twin in sorted(nearest[:_MOST_TWINS], key=lambda one: one.id):
         found = _of_a_twin(state, twin)
         if found.weight == "cause":
-            yield found
+            yield replace(found, says=found.says + note)
         else:
             risks.append(found)
     if risks:
         shown = [one.says for one in risks[:_MOST_LISTED]]
         if more := len(nearest) - (len(nearest[:_MOST_TWINS]) - len(risks)) - len(shown):
             shown.append(f"{more:,} more maps have this name.")
-        yield Diagnostic("risk", " ".join(shown), risks[0].do, risks[0].experiment)
+        yield Diagnostic("risk", " ".join(shown) + note, risks[0].do, risks[0].experiment)
 
 
 def _of_a_twin(state: MapState, twin: MapObject) -> Diagnostic:
@@ -282,7 +287,7 @@ def _of_a_twin(state: MapState, twin: MapObject) -> Diagnostic:
     same_path = "Pin the map and let every load use that pin again, and open it by pin or id."
     apart = bool(one.pids and twin.pids) and not {*one.pids} & {*twin.pids}
 
-    if theirs and mine is None and not (state.outer(twin.id) and {*one.pids} & {*twin.pids}):
+    if theirs and mine is None and not _switched(state, twin.id):
         return Diagnostic(
             "risk" if theirs is Standing.NOWHERE else "cause",
             f"{used}; no program refers to this one, so that none reads what is written here.",
@@ -298,7 +303,7 @@ def _of_a_twin(state: MapState, twin: MapObject) -> Diagnostic:
             f" {same_path}",
             "second-map-after-reload",
         )
-    if theirs is None and twin.pids and mine and not one.pids:
+    if theirs is None and twin.pids and mine and not one.pids and not _switched(state, one.id):
         holders = _listed(state.objects.holders(twin)[:_MOST_LISTED])
         return Diagnostic(
             "cause",
@@ -307,7 +312,9 @@ def _of_a_twin(state: MapState, twin: MapObject) -> Diagnostic:
             "Let its holder open the map again, and compare ids before each write.",
             "cached-handle",
         )
-    if (point := _shared_point(state, twin)) and not apart and not (one.pins and twin.pins):
+    point, renewed = _shared_point(state, twin)
+    left_over = not state.objects.holders(one) or not state.objects.holders(twin)
+    if point and not apart and (left_over or (renewed and not (one.pins and twin.pins))):
         return Diagnostic(
             "cause",
             f"{used}, while {_used(state, one.id)}: programs of both decide at one hook, "
@@ -333,23 +340,32 @@ def _why_two(state: MapState, twin: MapObject) -> str:
         words = f"; program {both[0]} uses both of them"
     elif {user.btf_id for user in mine} & {user.btf_id for user in theirs} - {0}:
         words = "; both are of one load"
-    if len(one.name) == _NAME_BYTES:
-        words += f" (the kernel cuts a name to {_NAME_BYTES} bytes: the whole ones may differ)"
     return words
 
 
-def _shared_point(state: MapState, twin: MapObject) -> str:
-    """A hook at which a program of each map decides, and they are of two loads; or nothing."""
+def _switched(state: MapState, map_id: int) -> bool:
+    """Whether programs find a map in a map of maps alone: then the next one is made beside it."""
+    return not any(map_id in user.map_ids for user in state.objects.users(map_id))
+
+
+def _shared_point(state: MapState, twin: MapObject) -> tuple[str, bool]:
+    """A hook at which a program of each map decides, and whether the two have one name.
+
+    Empty where there is none, or where the programs are of one load.
+    """
     mine, theirs = state.objects.users(state.map_id), state.objects.users(twin.id)
     if {*mine} & {*theirs} or {one.btf_id for one in mine} & {one.btf_id for one in theirs} - {0}:
-        return ""
+        return "", False
 
-    def points(users: tuple[ProgramObject, ...]) -> dict[tuple[str, str, str], str]:
-        found = (at for user in users for at in state.survey.of(user.id) if at.decides)
-        return {at.point: " of ".join(filter(None, at.point)) for at in found}
+    def points(users: tuple[ProgramObject, ...]) -> set[tuple[tuple[str, str, str], str]]:
+        return {
+            (at.point, user.name) for user in users for at in state.survey.of(user.id) if at.decides
+        }
 
     ours, others = points(mine), points(theirs)
-    return next((words for point, words in ours.items() if point in others), "")
+    shared = {point for point, _ in ours} & {point for point, _ in others}
+    words = [" of ".join(filter(None, point)) for point in sorted(shared)]
+    return next(iter(words), ""), bool(ours & others)
 
 
 def _used(state: MapState, map_id: int) -> str:
@@ -384,13 +400,13 @@ def _lost_link(state: MapState, user: ProgramObject) -> str:
     return f"its {lost[0].kind} link {lost[0].id} has lost what it led from" if lost else ""
 
 
-def _held(state: MapState, twin: MapObject) -> str:
-    """Who holds a map, as a part of a sentence; and that another mount namespace has its pin."""
-    holders = state.objects.holders(twin)
+def _held(state: MapState, one: MapObject | ProgramObject) -> str:
+    """Who holds an object, as a part of a sentence, and whether from another mount namespace."""
+    holders = state.objects.holders(one)
     if not holders:
         return "held by no process and no pin"
     more = [f"{len(holders) - _MOST_LISTED} more"] if holders[_MOST_LISTED:] else []
-    far = any(re.match(r"/proc/\d+/root/", pin) for pin in twin.pins)
+    far = any(re.match(r"/proc/\d+/root/", pin) for pin in one.pins)
     return f"held by {_listed(holders[:_MOST_LISTED] + more)}" + (
         " (in another mount namespace)" if far else ""
     )
@@ -493,8 +509,8 @@ def _of_nowhere(state: MapState, users: list[ProgramObject]) -> Diagnostic:
             if chosen
             else "no packet, call or event leads to a program that uses this map."
         ),
-        "Attach it again, and look who took it away: an agent that starts, or a device that was "
-        "made anew.",
+        f"Attach it again ({_held(state, users[0])}), and look who took it away: an agent that "
+        "starts, or a device that was made anew.",
         "second-map-after-reload",
     )
 

@@ -153,6 +153,22 @@ with PinFolder() as pins:
 """
 
 
+def test_an_action_of_a_filter_of_another_kind(
+    closing: ExitStack, pins: PinFolder, network: Network
+) -> None:
+    fd, program_id = loaded(closing, ProgramKind.TC_ACTION)
+    libbpf.pin(fd, pins.path("act"))
+    network.do("tc qdisc add dev near clsact")
+    words = f"tc filter add dev near ingress matchall action bpf object-pinned {pins.path('act')}"
+    done = subprocess.run(
+        ["nsenter", f"--net={network.path}", *words.split()], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"this kernel lacks act_bpf: {done.stderr.strip()[:80]}")
+    one = only(program_id)
+    assert one.hook == "tc action" and one.more == "of 1 filters"
+
+
 def test_a_named_namespace_is_entered_by_its_name() -> None:
     """In a mount namespace of its own, so that the name goes with the process."""
     if not shutil.which("ip"):
@@ -195,7 +211,7 @@ def test_xdp_of_a_driver_and_a_link_whose_device_goes(
 def test_a_cgroup_with_and_without_a_link(closing: ExitStack) -> None:
     tree = attachments._cgroup_tree()
     if tree is None:
-        pytest.skip("no cgroup2 file system is mounted")
+        pytest.skip("this kernel lacks a mounted cgroup2 file system")
     group = Path(tree[0]) / f"labkit-{os.getpid()}"
     group.mkdir()
     closing.callback(group.rmdir)

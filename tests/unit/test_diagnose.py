@@ -121,6 +121,15 @@ def test_maps_of_one_name_that_run_apart_are_a_risk(places: tuple[Attachment, ..
         assert "detach" not in (found.says + found.do).lower()
 
 
+def test_programs_of_two_names_are_two_loads_where_one_was_left_behind() -> None:
+    users = (program(7, 1), replace(program(8, 2), name="other"))
+    where = running(at(7), at(8))
+    kept = made(1, pids=(44,)), made(2, pids=(44,))
+    assert of_twins(*kept, *users, survey=where).weight == "risk"
+    left = made(1, pids=(44,)), made(2)
+    assert of_twins(*left, *users, survey=where).weight == "cause"
+
+
 def test_a_pin_for_each_or_one_load_is_no_second_load() -> None:
     where = running(at(7), at(8))
     pinned = made(1, pins=("/sys/fs/bpf/a",)), made(2, pins=("/sys/fs/bpf/b",))
@@ -134,7 +143,11 @@ def test_one_program_with_both_maps_and_a_name_that_was_cut() -> None:
     name = "libc_malloc_cal"
     found = of_twins(made(1, name), made(2, name), program(7, 1, 2), survey=running(at(7)))
     assert found.weight == "risk"
-    assert "program 7 filter uses both of them (the kernel cuts a name to 15 bytes" in found.says
+    assert "program 7 filter uses both of them. The kernel cuts a name to 15 bytes" in found.says
+    loads = program(7, 1), program(8, 2)
+    where = running(at(7), nowhere=(8,))
+    cause = of_twins(made(2, name), made(1, name), *loads, survey=where)
+    assert cause.weight == "cause" and "15 bytes" in cause.says
 
 
 def test_the_program_of_the_new_load_is_attached_nowhere() -> None:
@@ -211,13 +224,13 @@ def test_constants_are_frozen_by_design() -> None:
     assert said(found) == {"rodata-folded": "risk"}
 
 
-def test_a_spare_map_of_a_double_is_no_second_load() -> None:
+@pytest.mark.parametrize("pids", [(), (44,)])
+def test_the_next_map_for_a_map_of_maps_is_no_second_load(pids: tuple[int, ...]) -> None:
     outer = made(5, "outer", kind="array_of_maps", map_ids=(2,))
-    spare = facts(
-        made(1, pids=(44,)), made(2, pids=(44,)), outer,
-        programs=(program(7, 5),), survey=running(at(7)),
-    )  # fmt: skip
-    assert said(spare)["second-map-after-reload"] == "risk"
+    used, following = made(2, pids=pids), made(1, pids=(44,))
+    for mine, twin in ((following, used), (used, following)):
+        found = facts(mine, twin, outer, programs=(program(7, 5),), survey=running(at(7)))
+        assert "cause" not in said(found).values()
 
 
 def test_of_many_twins_the_nearest_are_shown_and_the_rest_counted() -> None:
