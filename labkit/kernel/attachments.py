@@ -19,9 +19,9 @@ import functools
 import os
 import re
 import shlex
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -399,9 +399,8 @@ class _Look:
         wanted = {"tc", "tc_action", "xdp", "flow_dissector", "sk_lookup"}
         if not wanted & self._present:
             return
-        thread = threading.Thread(target=self._in_each_network, name="network namespaces")
-        thread.start()
-        thread.join()
+        with ThreadPoolExecutor(1, "network namespaces") as alone:
+            alone.submit(self._in_each_network).result()
         if not _sees_all_processes():
             self._unseen.setdefault(
                 _NETWORK,
@@ -433,7 +432,10 @@ class _Look:
             finally:
                 os.close(fd)
         if missed:
-            self._unseen[_NETWORK] = f"{missed:,} network namespaces could not be looked into"
+            self._unseen[_NETWORK] = (
+                f"{missed:,} of {len(self._now.network_namespaces):,} network namespaces could not "
+                "be looked into"
+            )
 
     def _network(self, space: _Namespace, fd: int) -> None:
         for number, name in _NAMESPACE_HOOKS:
@@ -681,9 +683,13 @@ def _iterates(program: ProgramObject) -> bool:
     """Whether a program is an iterator: it is loaded for a function ``bpf_iter_...``."""
     if program.kind != "tracing":
         return False
+    return _function(program.attach_btf_id).startswith("bpf_iter_")
+
+
+def _function(type_id: int) -> str:
     with suppress(Unavailable):
-        return btf.kernel_type_name(program.attach_btf_id).startswith("bpf_iter_")
-    return False
+        return btf.kernel_function(type_id)
+    return ""
 
 
 def _tail_calls(kind: str) -> str:
@@ -718,11 +724,14 @@ def _hook_of(link: LinkObject) -> str:
 
 def _target_of(link: LinkObject) -> str:
     fields = link.fields
-    if "tp_name" in fields:
-        return fields["tp_name"]
+    for name in ("tp_name", "target_name"):
+        if name in fields:
+            return fields[name]
     if link.kind in ("sockmap", "struct_ops") and "map_id" in fields:
         return f"map {fields['map_id']}"
     if link.kind == "tracing" and "target_btf_id" in fields:
+        if name := _function(int(fields["target_btf_id"])):
+            return name
         return f"function {fields['target_btf_id']} of BTF {fields.get('target_obj_id', '?')}"
     return link.target
 

@@ -257,6 +257,22 @@ def test_a_tail_call_is_a_way_as_long_as_its_caller_runs(closing: ExitStack) -> 
     libbpf.close(table)
 
 
+def test_a_tracing_link_tells_its_hook_by_name(closing: ExitStack) -> None:
+    for hook, attach_type, shown in (
+        ("sched_switch", AttachType.TRACE_RAW_TP, "raw_tracepoint of sched_switch"),
+        ("task", AttachType.TRACE_ITER, "iter of task"),
+    ):
+        fd, program_id = loaded(
+            closing,
+            ProgramKind.TRACING,
+            attach_type=attach_type,
+            attach_btf_id=libbpf.vmlinux_function_id(hook, attach_type),
+        )
+        link = libbpf.api().bpf_link_create(fd, 0, int(attach_type), None)
+        closing.callback(libbpf.close, libbpf.checked(link, "linking"))
+        assert str(only(program_id)).startswith(shown)
+
+
 def test_what_a_socket_or_a_reader_runs_is_never_called_nowhere(closing: ExitStack) -> None:
     tasks = libbpf.vmlinux_function_id("task", AttachType.TRACE_ITER)
     iterator = loaded(
