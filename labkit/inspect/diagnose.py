@@ -101,12 +101,15 @@ class MapState:
         return list(self.objects.outer(map_id))
 
     def users(self, map_id: int) -> list[ProgramObject]:
-        """Programs that refer to a map, or to a map of maps that holds it."""
-        return list(self.objects.users(map_id))
+        """Programs that refer to a map, or to one that holds it, or run for its entries."""
+        served = self.survey.for_map(map_id)
+        more = [self.objects.programs[one] for one in served if one in self.objects.programs]
+        found = self.objects.users(map_id)
+        return [*found, *(one for one in more if one not in found)]
 
     def standing(self, map_id: int) -> Standing | None:
-        """Whether any program that refers to a map runs; None where none refers to it."""
-        found = {self.survey.standing(user.id) for user in self.objects.users(map_id)}
+        """Whether any of the programs of a map runs; None where it has none."""
+        found = {self.survey.standing(user.id) for user in self.users(map_id)}
         return next((one for one in Standing if one in found), None)
 
 
@@ -333,7 +336,7 @@ def _of_a_twin(state: MapState, twin: MapObject) -> Diagnostic:
 def _why_two(state: MapState, twin: MapObject) -> str:
     """What explains that there are two, as the end of a sentence."""
     one = state.map
-    mine, theirs = state.objects.users(one.id), state.objects.users(twin.id)
+    mine, theirs = state.users(one.id), state.users(twin.id)
     both = [f"{user.id} {user.name}".strip() for user in mine if user in theirs]
     words = ""
     if both:
@@ -345,7 +348,9 @@ def _why_two(state: MapState, twin: MapObject) -> str:
 
 def _switched(state: MapState, map_id: int) -> bool:
     """Whether programs find a map in a map of maps alone: then the next one is made beside it."""
-    return not any(map_id in user.map_ids for user in state.objects.users(map_id))
+    return bool(state.outer(map_id)) and not any(
+        map_id in user.map_ids for user in state.users(map_id)
+    )
 
 
 def _shared_point(state: MapState, twin: MapObject) -> tuple[str, bool]:
@@ -353,11 +358,11 @@ def _shared_point(state: MapState, twin: MapObject) -> tuple[str, bool]:
 
     Empty where there is none, or where the programs are of one load.
     """
-    mine, theirs = state.objects.users(state.map_id), state.objects.users(twin.id)
+    mine, theirs = state.users(state.map_id), state.users(twin.id)
     if {*mine} & {*theirs} or {one.btf_id for one in mine} & {one.btf_id for one in theirs} - {0}:
         return "", False
 
-    def points(users: tuple[ProgramObject, ...]) -> set[tuple[tuple[str, str, str], str]]:
+    def points(users: list[ProgramObject]) -> set[tuple[tuple[str, str, str], str]]:
         return {
             (at.point, user.name) for user in users for at in state.survey.of(user.id) if at.decides
         }

@@ -134,6 +134,8 @@ class Attachment:
         What else the kernel says: ``direct-action``, a protocol, a tail call's map.
     link_id : int or None
         The link, where it is one; ``pins`` are the link's.
+    map_id : int or None
+        The map for whose entries it runs: a sock map, or a struct_ops map.
     detach : str
         A command that ends it; empty where it ends with the process that holds it.
     """
@@ -149,6 +151,7 @@ class Attachment:
     link_id: int | None = None
     pins: tuple[str, ...] = ()
     detach: str = ""
+    map_id: int | None = None
 
     @property
     def point(self) -> tuple[str, str, str]:
@@ -216,6 +219,10 @@ class Survey:
         )
         return self._direct.get(program_id, ()) + ways
 
+    def for_map(self, map_id: int) -> tuple[int, ...]:
+        """Programs that run for the entries of a map, whether they refer to it or not."""
+        return self._for_maps.get(map_id, ())
+
     def standing(self, program_id: int) -> Standing:
         """Whether a program runs: by itself, or through one that does."""
         return self._standing(program_id, frozenset())
@@ -233,6 +240,14 @@ class Survey:
         for one in self.attachments:
             found.setdefault(one.program_id, []).append(one)
         return {program_id: tuple(some) for program_id, some in found.items()}
+
+    @functools.cached_property
+    def _for_maps(self) -> dict[int, tuple[int, ...]]:
+        found: dict[int, set[int]] = {}
+        for one in self.attachments:
+            if one.map_id is not None:
+                found.setdefault(one.map_id, set()).add(one.program_id)
+        return {map_id: tuple(sorted(some)) for map_id, some in found.items()}
 
     def _standing(self, program_id: int, asked: frozenset[int]) -> Standing:
         kind = self.kinds.get(program_id, "")
@@ -361,7 +376,14 @@ class _Look:
             ):
                 continue  # the event itself says more
             else:
-                self._add(link.program_id, _hook_of(link), _target_of(link), link=link)
+                served = (
+                    int(link.fields["map_id"])
+                    if "map_id" in places and link.kind != "iter"
+                    else None
+                )
+                self._add(
+                    link.program_id, _hook_of(link), _target_of(link), link=link, map_id=served
+                )
             target = link.fields.get("target_obj_id", "0")
             if self._kinds.get(link.program_id) == "ext" and target != "0":
                 self._reach(link.program_id, int(target), "replacement of a function")
@@ -607,7 +629,7 @@ class _Look:
                     ):
                         continue  # its link says the same
                     command = f"bpftool prog detach id {program_id} {name} id {map_id}"
-                    self._add(program_id, name, f"map {map_id}", detach=command)
+                    self._add(program_id, name, f"map {map_id}", detach=command, map_id=map_id)
         finally:
             libbpf.close(fd)
 

@@ -173,6 +173,12 @@ def test_a_program_that_is_reached_through_another_one_is_attached() -> None:
     assert alone.of(9) == ()
 
 
+def test_a_program_that_runs_for_a_map_uses_it() -> None:
+    place = Attachment(7, "sk_msg_verdict", "map 1", map_id=1)
+    found = facts(made(1, kind="sockmap"), programs=(program(7),), survey=running(place))
+    assert said(found) == {} and [one.id for one in found.users(1)] == [7]
+
+
 def test_a_replacement_runs_when_its_program_does() -> None:
     kinds = {7: "xdp", 8: "ext"}
     link = at(8, "function 3 of BTF 7", "tracing")
