@@ -486,23 +486,23 @@ class _Look:
             self._add(
                 program_id, f"xdp {mode}", f"dev {name}", namespace=space.words, link=link,
                 detach=_detach_link(link)
-                or space.command(f"ip link set dev {_word(device.name)} {modes[mode]} off"),
+                or space.command(f"ip link set dev {_word(name)} {modes[mode]} off"),
             )  # fmt: skip
 
     def _without_qdisc(self, space: _Namespace, device: netlink.Device) -> None:
         """Programs of tcx and netkit."""
+        name = libbpf.shown(device.name)
         for number, hook in _DEVICE_HOOKS:
             for turn, program_id in enumerate(_answered(device.index, number)):
                 link = self._link(f"dev {number}", program_id, device.index)
-                command = (
-                    f"bpftool net detach {hook.replace(' ', '_')} dev {_word(device.name)}"
-                    if hook.startswith("tcx")
-                    else ""
+                # bpftool ends a program of tcx without a link, and none of netkit.
+                command = space.command(
+                    f"bpftool net detach {hook.replace(' ', '_')} dev {_word(name)}"
                 )
                 self._add(
-                    program_id, hook, f"dev {libbpf.shown(device.name)}", link=link,
-                    namespace=space.words, more=f"number {turn + 1} in turn",
-                    detach=_detach_link(link) or (space.command(command) if command else ""),
+                    program_id, hook, f"dev {name}", link=link, namespace=space.words,
+                    more=f"number {turn + 1} in turn",
+                    detach=_detach_link(link) or (command if hook.startswith("tcx") else ""),
                 )  # fmt: skip
 
     def _traffic_control(
@@ -531,7 +531,7 @@ class _Look:
 
     def _filter(self, space: _Namespace, device: bytes, parent: int, one: netlink.Filter) -> None:
         side = {netlink.INGRESS: "ingress", netlink.EGRESS: "egress", 0xFFFF0000: "ingress"}
-        hook, place = side.get(parent, ""), f"dev {_word(device)}"
+        hook, place = side.get(parent, ""), f"dev {_word(libbpf.shown(device))}"
         if one.block is not None:
             place, at = f"block {one.block}", ""
         else:
@@ -587,7 +587,7 @@ class _Look:
             for number, name in hooks:
                 for turn, program_id in enumerate(_answered(fd, number)):
                     link = self._link(f"cgroup {number}", program_id, inode)
-                    command = f"bpftool cgroup detach {shlex.quote(folder)} {name} id {program_id}"
+                    command = f"bpftool cgroup detach {_word(shown)} {name} id {program_id}"
                     self._add(
                         program_id, f"cgroup {name}", shown, link=link,
                         more=f"number {turn + 1} in turn" if turn else "",
@@ -693,9 +693,9 @@ class _Namespace:
         folder, _, name = path.rpartition("/")
         if folder in ("/run/netns", "/var/run/netns"):
             shown = libbpf.shown(os.fsencode(name))
-            return cls(inode, f"netns {shown}", f"ip netns exec {shlex.quote(name)} ")
-        words = f"the network namespace {libbpf.shown(os.fsencode(path))}"
-        return cls(inode, words, f"nsenter --net={shlex.quote(path)} ")
+            return cls(inode, f"netns {shown}", f"ip netns exec {_word(shown)} ")
+        shown = libbpf.shown(os.fsencode(path))
+        return cls(inode, f"the network namespace {shown}", f"nsenter --net={_word(shown)} ")
 
     def command(self, words: str) -> str:
         return self.prefix + words
@@ -765,7 +765,7 @@ def _detach_link(link: LinkObject | None) -> str:
     if link.kind in ("xdp", "tcx", "netkit", "cgroup", "netns", "netfilter", "struct_ops"):
         return f"bpftool link detach id {link.id}"
     if len(link.pins) == 1 and not link.pids:
-        return f"rm {shlex.quote(link.pins[0])}"
+        return f"rm {_word(link.pins[0])}"
     return ""
 
 
@@ -775,8 +775,9 @@ def _classid(number: int) -> str:
     )
 
 
-def _word(name: bytes) -> str:
-    return shlex.quote(os.fsdecode(name))
+def _word(shown: str) -> str:
+    """A name that `libbpf.shown` has made printable as a word for bash, which reads its escapes."""
+    return "$'" + shown.replace("'", "\\'") + "'" if "\\" in shown else shlex.quote(shown)
 
 
 def _sees_all_processes() -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import struct
+import subprocess
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from labkit.kernel import attachments, libbpf
 from labkit.kernel.netlink import (
     EGRESS,
     Action,
@@ -92,3 +94,12 @@ def test_any_bytes_are_read_in_few_steps(raw: bytes, at: int) -> None:
         traffic_actions(body)
         assert len(list(messages(body))) <= len(body) // 16
         assert len(attributes(body)) <= len(body) // 4
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.binary(min_size=1, max_size=20).filter(lambda raw: b"\0" not in raw))
+def test_a_name_is_a_printable_word_that_bash_reads_back(raw: bytes) -> None:
+    word = attachments._word(libbpf.shown(raw))
+    assert word.isprintable()
+    said = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, timeout=30)
+    assert said.stdout == raw
