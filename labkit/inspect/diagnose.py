@@ -286,7 +286,7 @@ def _of_a_twin(state: MapState, twin: MapObject) -> Diagnostic:
     mine, theirs = state.standing(one.id), state.standing(twin.id)
     age = "older" if twin.id < one.id else "newer"
     head = f"The {age} map {twin.id} is called {one.name} too"
-    used = f"{head}, and {_used(state, twin.id)}, {_held(state, twin)}"
+    used = f"{head}, and {_used(state, twin.id)}; that map is {_held(state, twin)}"
     same_path = "Pin the map and let every load use that pin again, and open it by pin or id."
     apart = bool(one.pids and twin.pids) and not {*one.pids} & {*twin.pids}
 
