@@ -14,7 +14,7 @@ import numpy as np
 
 from labkit.inspect.diagnose import diagnose
 from labkit.kernel import compiler, programs
-from labkit.kernel.libbpf import MapKind
+from labkit.kernel.libbpf import MapKind, ProgramKind
 from labkit.kernel.maps import Map
 from labkit.kernel.programs import BpfObject
 from labkit.lab.experiment import Case, Counted, Statement, experiment
@@ -22,6 +22,7 @@ from labkit.lab.experiment import Case, Counted, Statement, experiment
 _ROOM = 64
 _LRU_ROOM = 4096  # of which the lists of a CPU keep 128 free, on whichever CPU we come to run
 _TCP = 6
+_SELDOM = "sched_process_exec"
 _NUMBERS = itertools.count()
 
 Stages = Iterator[int]
@@ -34,10 +35,15 @@ def _map(stack: ExitStack, name: str, kind: MapKind = MapKind.HASH, room: int = 
 
 
 def _reader(stack: ExitStack, table: Map) -> BpfObject:
-    """A loaded program that refers to a map."""
+    """A program that refers to a map, and runs."""
     loaded = stack.enter_context(programs.load("held_map", TABLE_FD=table.fd))
-    loaded.program("look_up")
+    _run(loaded, "look_up")
     return loaded
+
+
+def _run(loaded: BpfObject, function: str) -> None:
+    """Attach a program: one that runs nowhere would be a cause by itself."""
+    loaded.attach(loaded.program(function, ProgramKind.RAW_TRACEPOINT), _SELDOM)
 
 
 def _second_map(stack: ExitStack, name: str) -> Stages:
@@ -55,11 +61,13 @@ def _second_map(stack: ExitStack, name: str) -> Stages:
 def _kept_handle(stack: ExitStack, name: str) -> Stages:
     new = _map(stack, name)
     _reader(stack, new)
-    yield new.id
+    new_id = new.id
+    new.close()  # the program keeps it
+    yield new_id
     old = _map(stack, name)  # which the writer goes on to hold
-    yield new.id
+    yield new_id
     old.close()
-    yield new.id
+    yield new_id
 
 
 def _padded_keys(stack: ExitStack, name: str) -> Stages:
@@ -67,7 +75,7 @@ def _padded_keys(stack: ExitStack, name: str) -> Stages:
     source = stack.enter_context((compiler.SOURCES / "padded_key.bpf.c").open())
     fcntl.flock(source, fcntl.LOCK_EX)
     loaded = stack.enter_context(programs.load("padded_key", KEYS=_ROOM, PADDED=1))
-    loaded.program("look_up_all")
+    _run(loaded, "look_up_all")
     table = loaded.map("policy")
     table.update((_TCP, 0), 1)
     yield table.id
@@ -124,7 +132,7 @@ _PLANTED: Final[dict[str, Callable[[ExitStack, str], Stages]]] = {
     family="sync",
     question="Does a diagnosis name the cause that was planted in a map, and no other?",
     claims=(),
-    needs=("bpf", "compile", "hash", "lru", "batch_hash", "frozen_map"),
+    needs=("bpf", "compile", "raw_tracepoint", "hash", "lru", "batch_hash", "frozen_map"),
     quick={"rounds": 5},
     full={"rounds": 30},
     cases=(

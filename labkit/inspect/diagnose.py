@@ -8,16 +8,18 @@ the experiment of this lab that shows the mechanism.
 from __future__ import annotations
 
 import os
+import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from labkit.errors import BadInput
-from labkit.kernel import btf, libbpf, objects
+from labkit.kernel import attachments, btf, libbpf, objects
+from labkit.kernel.attachments import Standing, Survey
 from labkit.kernel.libbpf import MapFlag
 from labkit.kernel.maps import PER_CPU, Map, MapError, Snapshot
 from labkit.kernel.objects import MapObject, Objects, ProgramObject
@@ -32,6 +34,11 @@ _READ: Final = _HASHES | _LRU | _ARRAYS | {"lpm_trie"}
 _STREAMS: Final = {"ringbuf", "user_ringbuf", "perf_event_array", "queue", "stack"}
 _PER_CPU: Final = {kind.name.lower() for kind in PER_CPU}
 _ALMOST_FULL: Final = 0.9
+_ENDED_BY_HOLDER: Final = {"raw_tracepoint", "tracing", "lsm", "kprobe", "tracepoint"}
+_MOST_TWINS: Final = 50
+_MOST_LISTED: Final = 4
+_MOST_USERS: Final = 20
+_NAME_BYTES: Final = 15
 _WIDTH: Final = 100
 
 
@@ -72,6 +79,8 @@ class MapState:
         The value has a ``bpf_spin_lock``, by its BTF.
     snapshot : Snapshot or None
         Its entries; None where the type has none to read, or they are more than `MOST_BYTES`.
+    survey : Survey
+        Where the programs run; by default nothing is known of that.
     """
 
     map_id: int
@@ -80,6 +89,7 @@ class MapState:
     value_dtype: np.dtype[Any]
     locked: bool = False
     snapshot: Snapshot | None = None
+    survey: Survey = field(default_factory=Survey)
 
     @property
     def map(self) -> MapObject:
@@ -88,14 +98,19 @@ class MapState:
 
     def outer(self, map_id: int) -> list[int]:
         """Ids of the maps of maps that hold this one."""
-        return [one.id for one in self.objects.maps.values() if map_id in one.map_ids]
+        return list(self.objects.outer(map_id))
 
     def users(self, map_id: int) -> list[ProgramObject]:
-        """Programs that refer to a map, or to a map of maps that holds it."""
-        reached = {map_id, *self.outer(map_id)}
-        return [
-            one for one in self.objects.programs.values() if not reached.isdisjoint(one.map_ids)
-        ]
+        """Programs that refer to a map, or to one that holds it, or run for its entries."""
+        served = self.survey.for_map(map_id)
+        more = [self.objects.programs[one] for one in served if one in self.objects.programs]
+        found = self.objects.users(map_id)
+        return [*found, *(one for one in more if one not in found)]
+
+    def standing(self, map_id: int) -> Standing | None:
+        """Whether any of the programs of a map runs; None where it has none."""
+        found = {self.survey.standing(user.id) for user in self.users(map_id)}
+        return next((one for one in Standing if one in found), None)
 
 
 @dataclass(frozen=True)
@@ -125,7 +140,10 @@ class Diagnosis:
                     "id": user.id,
                     "name": user.name,
                     "kind": user.kind,
-                    "attached": self.state.objects.attached(user.id),
+                    "held_by": self.state.objects.holders(user),
+                    "standing": self.state.survey.standing(user.id).value,
+                    "attached": [asdict(at) for at in self.state.survey.of(user.id)],
+                    "unknown": self.state.survey.blind(user.id),
                 }
                 for user in self.state.users(one.id)
             ],
@@ -157,9 +175,11 @@ def diagnose(which: str) -> list[Diagnosis]:
         The kernel refuses to show the map.
     """
     now = objects.snapshot()
+    wanted = map_ids(which, now)
+    where = attachments.survey(now)
     return [
         Diagnosis(state, tuple(sorted(diagnostics(state), key=lambda one: one.weight)))
-        for state in (_read(map_id, now) for map_id in map_ids(which, now))
+        for state in (_read(map_id, now, where) for map_id in wanted)
     ]
 
 
@@ -192,7 +212,7 @@ def map_ids(which: str, now: Objects) -> list[int]:
     return found
 
 
-def _read(map_id: int, now: Objects) -> MapState:
+def _read(map_id: int, now: Objects, where: Survey) -> MapState:
     with Map.from_id(map_id) as opened:
         info = libbpf.map_info(opened.fd)
         one = now.maps[map_id]
@@ -205,6 +225,7 @@ def _read(map_id: int, now: Objects) -> MapState:
             opened.value_dtype,
             locked=btf.has_member_of(info.btf_id, info.btf_value_type_id, "bpf_spin_lock"),
             snapshot=opened.snapshot() if one.kind in _READ and small else None,
+            survey=where,
         )
 
 
@@ -233,60 +254,186 @@ def diagnostics(state: MapState) -> Iterator[Diagnostic]:
 
 
 def _of_its_name(state: MapState) -> Iterator[Diagnostic]:
-    """Another map of the same name and shape: the program of an earlier load may use that one.
+    """Other maps of the same name and shape: the program of another load may use one of those.
 
-    Where both are in use, and by live processes that have nothing to do with each other, there are
-    rather two control planes of one kind.
+    Whoever made them, only two facts make a cause: this map has no program that runs and the other
+    one has, or programs at one hook decide by different ones. Maps of one load, one for each
+    interface, and those of two control planes are many maps of one name as well.
     """
+    if _is_constants(state.map):
+        return
+    nearest = sorted(state.objects.twins(state.map_id), key=lambda one: abs(one.id - state.map_id))
+    cut = len(state.map.name) == _NAME_BYTES
+    note = (
+        f" The kernel cuts a name to {_NAME_BYTES} bytes: the whole ones may differ." if cut else ""
+    )
+    risks = []
+    for twin in sorted(nearest[:_MOST_TWINS], key=lambda one: one.id):
+        found = _of_a_twin(state, twin)
+        if found.weight == "cause":
+            yield replace(found, says=found.says + note)
+        else:
+            risks.append(found)
+    if risks:
+        shown = [one.says for one in risks[:_MOST_LISTED]]
+        if more := len(nearest) - (len(nearest[:_MOST_TWINS]) - len(risks)) - len(shown):
+            shown.append(f"{more:,} more maps have this name.")
+        yield Diagnostic("risk", " ".join(shown) + note, risks[0].do, risks[0].experiment)
+
+
+def _of_a_twin(state: MapState, twin: MapObject) -> Diagnostic:
     one = state.map
+    mine, theirs = state.standing(one.id), state.standing(twin.id)
+    age = "older" if twin.id < one.id else "newer"
+    head = f"The {age} map {twin.id} is called {one.name} too"
+    used = f"{head}, and {_used(state, twin.id)}; that map is {_held(state, twin)}"
+    same_path = "Pin the map and let every load use that pin again, and open it by pin or id."
+    apart = bool(one.pids and twin.pids) and not {*one.pids} & {*twin.pids}
 
-    def shape(of: MapObject) -> tuple[object, ...]:
-        return of.name, of.kind, of.key_size, of.value_size
+    if theirs and mine is None and not _switched(state, twin.id):
+        return Diagnostic(
+            "risk" if theirs is Standing.NOWHERE else "cause",
+            f"{used}; no program refers to this one, so that none reads what is written here.",
+            f"Write to map {twin.id}, or replace its programs by those of this load. {same_path}",
+            "second-map-after-reload",
+        )
+    if theirs is Standing.ATTACHED and mine is Standing.NOWHERE:
+        return Diagnostic(
+            "cause",
+            f"{used}, while {_used(state, one.id)}: what is written here reaches no program that "
+            "runs.",
+            f"Attach the program of this load in the place of the other, or write to map {twin.id}."
+            f" {same_path}",
+            "second-map-after-reload",
+        )
+    if theirs is None and twin.pids and mine and not one.pids and not _switched(state, one.id):
+        holders = _listed(state.objects.holders(twin)[:_MOST_LISTED])
+        return Diagnostic(
+            "cause",
+            f"{head}; no program refers to it, and what {holders} "
+            f"write{'' if len(twin.pids) + len(twin.pins) > 1 else 's'} there reaches none.",
+            "Let its holder open the map again, and compare ids before each write.",
+            "cached-handle",
+        )
+    point, renewed = _shared_point(state, twin)
+    left_over = not state.objects.holders(one) or not state.objects.holders(twin)
+    if point and not apart and (left_over or (renewed and not (one.pins and twin.pins))):
+        return Diagnostic(
+            "cause",
+            f"{used}, while {_used(state, one.id)}: programs of both decide at one hook, "
+            f"{point}, each by its own map.",
+            f"{_ends(state, min(one.id, twin.id), max(one.id, twin.id))} {same_path}",
+            "second-map-after-reload",
+        )
+    return Diagnostic(
+        "risk",
+        f"{used}{_why_two(state, twin)}.",
+        "Open a map by its pin or its id: by the name one may get the other.",
+        "second-map-after-reload" if theirs else "cached-handle",
+    )
 
-    twins = [
-        other
-        for other in state.objects.maps.values()
-        if one.name and other.id != one.id and shape(other) == shape(one)
+
+def _why_two(state: MapState, twin: MapObject) -> str:
+    """What explains that there are two, as the end of a sentence."""
+    one = state.map
+    mine, theirs = state.users(one.id), state.users(twin.id)
+    both = [f"{user.id} {user.name}".strip() for user in mine if user in theirs]
+    words = ""
+    if both:
+        words = f"; program {both[0]} uses both of them"
+    elif {user.btf_id for user in mine} & {user.btf_id for user in theirs} - {0}:
+        words = "; both are of one load"
+    return words
+
+
+def _switched(state: MapState, map_id: int) -> bool:
+    """Whether programs find a map in a map of maps alone: then the next one is made beside it."""
+    return bool(state.outer(map_id)) and not any(
+        map_id in user.map_ids for user in state.users(map_id)
+    )
+
+
+def _shared_point(state: MapState, twin: MapObject) -> tuple[str, bool]:
+    """A hook at which a program of each map decides, and whether the two have one name.
+
+    Empty where there is none, or where the programs are of one load.
+    """
+    mine, theirs = state.users(state.map_id), state.users(twin.id)
+    if {*mine} & {*theirs} or {one.btf_id for one in mine} & {one.btf_id for one in theirs} - {0}:
+        return "", False
+
+    def points(users: list[ProgramObject]) -> set[tuple[tuple[str, str, str], str]]:
+        return {
+            (at.point, user.name) for user in users for at in state.survey.of(user.id) if at.decides
+        }
+
+    ours, others = points(mine), points(theirs)
+    shared = {point for point, _ in ours} & {point for point, _ in others}
+    words = [" of ".join(filter(None, point)) for point in sorted(shared)]
+    return next(iter(words), ""), bool(ours & others)
+
+
+def _used(state: MapState, map_id: int) -> str:
+    """Which programs use a map, and where they run, as a clause."""
+    users = state.users(map_id)
+    if not users:
+        return "no program uses it"
+    names, places = [], []
+    for user in users[:_MOST_LISTED]:
+        at = "; ".join(map(str, state.survey.of(user.id)[:_MOST_LISTED]))
+        names.append(f"{user.id} {user.name}".strip())
+        places.append((f"{user.id}: " if users[1:] else "") + (at or _without_place(state, user)))
+    if more := len(users) - len(names):
+        names.append(f"{more:,} more")
+    this = "it" if map_id != state.map_id else "this one"
+    use = f"programs {_listed(names)} use" if users[1:] else f"program {names[0]} uses"
+    return f"{use} {this} ({'; '.join(places)})"
+
+
+def _without_place(state: MapState, user: ProgramObject) -> str:
+    """What to say of a program for which no place was found at which it runs."""
+    standing, blind = state.survey.standing(user.id), state.survey.blind(user.id)
+    if standing is Standing.NOWHERE:
+        lost = _lost_link(state, user)
+        return f"attached nowhere, {lost}" if lost else "attached nowhere"
+    return blind if standing is Standing.HIDDEN else f"no attachment in sight, but {blind}"
+
+
+def _lost_link(state: MapState, user: ProgramObject) -> str:
+    """Which link of a program has lost its device, cgroup or map; or nothing."""
+    lost = [one for one in state.survey.detached if one.program_id == user.id]
+    return f"its {lost[0].kind} link {lost[0].id} has lost what it led from" if lost else ""
+
+
+def _held(state: MapState, one: MapObject | ProgramObject) -> str:
+    """Who holds an object, as a part of a sentence, and whether from another mount namespace."""
+    holders = state.objects.holders(one)
+    if not holders:
+        return "held by no process and no pin"
+    more = [f"{len(holders) - _MOST_LISTED} more"] if holders[_MOST_LISTED:] else []
+    far = any(re.match(r"/proc/\d+/root/", pin) for pin in one.pins)
+    return f"held by {_listed(holders[:_MOST_LISTED] + more)}" + (
+        " (in another mount namespace)" if far else ""
+    )
+
+
+def _ends(state: MapState, old: int, new: int) -> str:
+    """How the older load is ended at the hook that it shares with the newer one."""
+    points = {at.point for user in state.users(new) for at in state.survey.of(user.id)}
+    commands = [
+        at.detach
+        for user in state.users(old)
+        for at in state.survey.of(user.id)
+        if at.point in points and at.detach
     ]
-    mine = state.users(one.id)
-    for twin in twins:
-        theirs, held = state.users(twin.id), state.objects.holders(twin)
-        age = "older" if twin.id < one.id else "newer"
-        head = f"The {age} map {twin.id} is called {twin.name} too"
-        same_path = "Pin the map and let every load use that pin again, and open it by pin or id."
-        if theirs and not mine:
-            yield Diagnostic(
-                "cause",
-                f"{head}, and {_programs(theirs)} it; no program refers to this one, so that none "
-                "reads what is written here.",
-                f"Write to map {twin.id}, or replace its programs by those of this load. "
-                + same_path,
-                "second-map-after-reload",
-            )
-        elif theirs and twin.pids and not set(twin.pids) & set(one.pids):
-            yield Diagnostic(
-                "risk",
-                f"{head}, {_listed(held)} hold{'s' if len(held) == 1 else ''} it, and "
-                f"{_programs(theirs)} it: who opens a map by its name may have the wrong one.",
-                "Open it by pin or id.",
-                "second-map-after-reload",
-            )
-        elif theirs:
-            yield Diagnostic(
-                "cause",
-                f"{head}, and {_programs(theirs)} it, while {_programs(mine)} this one: who "
-                "writes to one of them changes nothing for the programs of the other.",
-                "Detach the programs of the load that is over. " + same_path,
-                "second-map-after-reload",
-            )
-        elif mine and held:
-            yield Diagnostic(
-                "cause",
-                f"{head}; no program refers to it, and what {_listed(held)} "
-                f"write{'s' if len(held) == 1 else ''} there reaches none.",
-                "Let its holder open the map again, and compare ids before each write.",
-                "cached-handle",
-            )
+    words = f"Let one load decide there, as a rule the newer one with map {new}"
+    return f"{words}: {'; '.join(commands[:_MOST_LISTED])}." if commands else f"{words}."
+
+
+def _is_constants(one: MapObject) -> bool:
+    """Whether a map is a section of constants, such as .rodata, which a loader freezes."""
+    by_flags = one.frozen and one.max_entries == 1 and bool(one.flags & MapFlag.RDONLY_PROG)
+    return one.kind == "array" and (by_flags or ".rodata" in one.name or one.name == ".kconfig")
 
 
 def _of_its_readers(state: MapState) -> Iterator[Diagnostic]:
@@ -300,6 +447,17 @@ def _of_its_readers(state: MapState) -> Iterator[Diagnostic]:
             "maps of each.",
             "second-map-after-reload",
         )
+    if state.standing(one.id) is Standing.NOWHERE:
+        yield _of_nowhere(state, users)
+    elif state.standing(one.id) is Standing.UNKNOWN:
+        yield Diagnostic(
+            "risk",
+            f"Of program {users[0].id} {users[0].name} no attachment is in sight, but "
+            f"{state.survey.blind(users[0].id)}.",
+            "Ask as root where all processes, cgroups and network namespaces are in sight: outside "
+            "of containers.",
+            "second-map-after-reload",
+        )
     if outer:
         yield Diagnostic(
             "risk",
@@ -311,7 +469,7 @@ def _of_its_readers(state: MapState) -> Iterator[Diagnostic]:
         )
     if one.frozen:
         yield Diagnostic(
-            "cause",
+            "risk" if _is_constants(one) else "cause",
             "It is frozen: user space cannot write to it, and programs may have its values "
             "compiled in.",
             "Set it before the program is loaded, or keep what changes in an ordinary map.",
@@ -326,6 +484,40 @@ def _of_its_readers(state: MapState) -> Iterator[Diagnostic]:
             "CPU is weakly ordered.",
             "mmap-msync",
         )
+
+
+def _of_nowhere(state: MapState, users: list[ProgramObject]) -> Diagnostic:
+    """All programs that refer to the map are loaded, and none of them runs.
+
+    Others can take a filter or the program of a cgroup away. What only its own process can end is
+    perhaps not meant to be attached, as long as other programs of that load are.
+    """
+    names = _listed([f"{user.id} {user.name} ({user.kind})" for user in users[:_MOST_LISTED]])
+    more = f", as are {len(users) - _MOST_LISTED} more" if users[_MOST_LISTED:] else ""
+    lost = next(filter(None, (_lost_link(state, user) for user in users)), "")
+    chosen = (
+        not lost
+        and all(user.kind in _ENDED_BY_HOLDER for user in users)
+        and any(
+            one.btf_id in {user.btf_id for user in users} - {0}
+            and state.survey.standing(one.id) is Standing.ATTACHED
+            for one in state.objects.programs.values()
+        )
+    )
+    return Diagnostic(
+        "risk" if chosen else "cause",
+        f"Program{'s' if users[1:] else ''} {names} {'are' if users[1:] else 'is'} loaded and "
+        f"attached nowhere{more}{lost and f' ({lost})'}: "
+        + (
+            "other programs of this load run, so that their process may have switched this off, "
+            "or calls it by BPF_PROG_RUN."
+            if chosen
+            else "no packet, call or event leads to a program that uses this map."
+        ),
+        f"Attach it again ({_held(state, users[0])}), and look who took it away: an agent that "
+        "starts, or a device that was made anew.",
+        "second-map-after-reload",
+    )
 
 
 def _of_its_keys(state: MapState) -> Iterator[Diagnostic]:
@@ -496,12 +688,21 @@ def _heading(state: MapState) -> list[str]:
         f"  held by  {', '.join(state.objects.holders(one)) or 'no process and no pin in sight'}",
     ]
     users = state.users(one.id)
-    for user in users:
-        where = ", ".join(state.objects.attached(user.id))
-        lines.append(
-            f"  used by  program {user.id} {user.name} ({user.kind}), "
-            + (f"attached: {where}" if where else "no link or perf event holds it")
-        )
+    for user in users[:_MOST_USERS]:
+        head = f"  used by  program {user.id} {user.name} ({user.kind})"
+        places = state.survey.of(user.id)
+        if not places:
+            lines.append(f"{head}: {_without_place(state, user)}")
+            continue
+        lines.append(head)
+        for at in places[:_MOST_USERS]:
+            lines.append(f"           at  {at}")
+            if at.detach:
+                lines.append(f"               ends by  {at.detach}")
+        if more := len(places[_MOST_USERS:]):
+            lines.append(f"           at  {more:,} more places")
+    if more := len(users[_MOST_USERS:]):
+        lines.append(f"  used by  {more:,} more programs")
     return lines if users else [*lines, "  used by  no program"]
 
 
@@ -513,12 +714,6 @@ def _paragraph(diagnostic: Diagnostic) -> str:
             (" " * 9, f"{diagnostic.do} (python -m labkit run {diagnostic.experiment})"),
         )
     )
-
-
-def _programs(users: list[ProgramObject]) -> str:
-    """Name programs as the subject of a sentence, with the verb."""
-    names = [f"{user.id} {user.name}".strip() for user in users]
-    return f"program{'s' if len(names) > 1 else ''} {_listed(names)} use{'' if names[1:] else 's'}"
 
 
 def _listed(items: list[Any]) -> str:

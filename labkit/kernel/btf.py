@@ -17,7 +17,7 @@ import numpy as np
 from labkit.errors import Unavailable
 from labkit.kernel import libbpf
 
-_INT, _ARRAY, _STRUCT, _ENUM, _FLOAT = 1, 3, 4, 6, 16
+_INT, _ARRAY, _STRUCT, _ENUM, _FUNCTION, _FLOAT = 1, 3, 4, 6, 12, 16
 _WORDS = struct.Struct("=III")  # the head of every type, each member, and an array
 
 
@@ -110,6 +110,30 @@ def member_offset(struct_name: str, member: str) -> int:
             "was written for another kernel."
         )
     return bits // 8
+
+
+def kernel_function(type_id: int) -> str:
+    """Name of a function in the kernel's own BTF.
+
+    Parameters
+    ----------
+    type_id : int
+        Such as ``attach_btf_id`` of a program.
+
+    Returns
+    -------
+    str
+        Empty where that is no function.
+
+    Raises
+    ------
+    Unavailable
+        The kernel shows no BTF.
+    """
+    kernel = _kernel_btf()
+    known = type_id > 0 and libbpf.api().btf__type_by_id(kernel, type_id)
+    one = _type(kernel, type_id) if known else None
+    return one.name if one and one.kind == _FUNCTION else ""
 
 
 @functools.cache

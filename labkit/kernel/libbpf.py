@@ -92,13 +92,35 @@ class ProgramKind(IntEnum):
     SOCKET_FILTER = 1
     KPROBE = 2
     TC = 3
+    TC_ACTION = 4
     TRACEPOINT = 5
     XDP = 6
     PERF_EVENT = 7
+    CGROUP_SKB = 8
+    CGROUP_SOCK = 9
+    LWT_IN = 10
+    LWT_OUT = 11
+    LWT_XMIT = 12
+    SOCK_OPS = 13
+    SK_SKB = 14
+    CGROUP_DEVICE = 15
+    SK_MSG = 16
     RAW_TRACEPOINT = 17
+    CGROUP_SOCK_ADDR = 18
+    LWT_SEG6LOCAL = 19
+    LIRC_MODE2 = 20
+    SK_REUSEPORT = 21
+    FLOW_DISSECTOR = 22
+    CGROUP_SYSCTL = 23
+    RAW_TRACEPOINT_WRITABLE = 24
+    CGROUP_SOCKOPT = 25
     TRACING = 26
+    STRUCT_OPS = 27
+    EXT = 28
     LSM = 29
+    SK_LOOKUP = 30
     SYSCALL = 31
+    NETFILTER = 32
 
 
 class AttachType(IntEnum):
@@ -312,6 +334,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "bpf_map_get_fd_by_id": (c_uint32,),
     "bpf_prog_get_fd_by_id": (c_uint32,),
     "bpf_link_get_fd_by_id": (c_uint32,),
+    "bpf_prog_attach": (c_int, c_int, c_uint32, c_uint32),
+    "bpf_prog_detach2": (c_int, c_int, c_uint32),
+    "bpf_prog_query": (c_int, c_int, c_uint32, c_void_p, c_void_p, c_void_p),
     "bpf_btf_load": (c_void_p, c_size_t, c_void_p),
     "bpf_prog_load": (c_int, c_char_p, c_char_p, c_void_p, c_size_t, c_void_p),
     "bpf_prog_test_run_opts": (c_int, c_void_p),

@@ -11,6 +11,8 @@ meantime are left out without a word.
 from __future__ import annotations
 
 import ctypes
+import errno
+import functools
 import os
 import re
 import time
@@ -28,6 +30,7 @@ from labkit.kernel.provenance import emulated
 _BPF_FS_MAGIC: Final = 0xCAFE4A11
 _ELEMENTS_READ_S: Final = 0.05  # before Linux 6.8 each read of an outer map waits for RCU,
 _EMULATED_READ_S: Final = 0.5  # which takes longer than that where the CPUs are emulated
+_OWN, _NAMED, _OF_PROCESS, _ELSEWHERE = range(4)  # which path opens a network namespace best
 _LINK_KINDS: Final = (
     "unspec", "raw_tracepoint", "tracing", "cgroup", "iter", "netns", "xdp", "perf_event",
     "kprobe_multi", "struct_ops", "netfilter", "tcx", "uprobe_multi", "netkit", "sockmap",
@@ -104,6 +107,10 @@ class ProgramObject:
         Machine code; 0 where it is interpreted, or hidden from this user.
     map_ids : tuple of int
         The maps it refers to: these very ones, whatever else has the same name.
+    btf_id : int
+        Its BTF, which the programs of one loaded object have in common; 0 where it has none.
+    attach_btf_id : int
+        The kernel's function, by BTF, that it was loaded for; 0 where it is not of such a type.
     pids : tuple of int
         Processes that hold a descriptor of it, a perf event that runs it, or a private
         bpffs with a pin of it.
@@ -120,6 +127,8 @@ class ProgramObject:
     map_ids: tuple[int, ...]
     pids: tuple[int, ...] = ()
     pins: tuple[str, ...] = ()
+    btf_id: int = 0
+    attach_btf_id: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,8 @@ class LinkObject:
         What the kernel says it is attached to, such as ``tp_name=sys_enter``.
     pids, pins : tuple
         As of a map.
+    fields : mapping from str to str
+        The same as ``target``, by the names of the kernel: ``ifindex``, ``attach_type``, ...
     """
 
     id: int
@@ -146,6 +157,7 @@ class LinkObject:
     target: str
     pids: tuple[int, ...] = ()
     pins: tuple[str, ...] = ()
+    fields: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -157,7 +169,7 @@ class PerfAttachment:
     pid : int
         Process that holds the event.
     program_id : int
-        The program that it runs.
+        The program that it runs; 0 where the kernel does not tell (type ``perf_event``).
     kind, target : str
         ``tracepoint``, ``kprobe``, ...; and the event or function.
     """
@@ -183,6 +195,9 @@ class Objects:
         Attachments that are no objects of their own.
     processes : mapping from pid to str
         Names of the processes that hold any of them.
+    network_namespaces : mapping from int to str
+        Every network namespace that a process is in, holds open or has mounted: a path that opens
+        it, by the number of its inode. That of this process comes first.
     """
 
     maps: Mapping[int, MapObject] = field(default_factory=dict)
@@ -190,6 +205,7 @@ class Objects:
     links: Mapping[int, LinkObject] = field(default_factory=dict)
     perf_attachments: tuple[PerfAttachment, ...] = ()
     processes: Mapping[int, str] = field(default_factory=dict)
+    network_namespaces: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Count of maps, programs and links."""
@@ -229,12 +245,31 @@ class Objects:
         """Processes with a descriptor of an object, as ``name[pid]``, and its pins."""
         return [*(f"{self.processes.get(pid, '?')}[{pid}]" for pid in one.pids), *one.pins]
 
-    def attached(self, program_id: int) -> tuple[str, ...]:
-        """Where a program runs, as far as links and perf events tell."""
-        at: list[LinkObject | PerfAttachment] = [*self.links.values(), *self.perf_attachments]
-        return tuple(
-            f"{one.kind} {one.target}".strip() for one in at if one.program_id == program_id
-        )
+    def outer(self, map_id: int) -> tuple[int, ...]:
+        """Ids of the maps of maps that hold a map, ascending."""
+        return self._outer.get(map_id, ())
+
+    def users(self, map_id: int) -> tuple[ProgramObject, ...]:
+        """Programs that refer to a map, or to a map of maps that holds it, by ascending id."""
+        found = {i for one in (map_id, *self.outer(map_id)) for i in self._users.get(one, ())}
+        return tuple(self.programs[i] for i in sorted(found))
+
+    def twins(self, map_id: int) -> tuple[MapObject, ...]:
+        """Other maps of the same name, type, key size and value size, by ascending id."""
+        alike = self._alike.get(_shape(self.maps[map_id]), ())
+        return tuple(self.maps[i] for i in alike if i != map_id)
+
+    @functools.cached_property
+    def _outer(self) -> dict[int, tuple[int, ...]]:
+        return _grouped((inner, one.id) for one in self.maps.values() for inner in one.map_ids)
+
+    @functools.cached_property
+    def _users(self) -> dict[int, tuple[int, ...]]:
+        return _grouped((used, one.id) for one in self.programs.values() for used in one.map_ids)
+
+    @functools.cached_property
+    def _alike(self) -> dict[object, tuple[int, ...]]:
+        return _grouped((_shape(one), one.id) for one in self.maps.values() if one.name)
 
     def _reached(self, begins: Callable[[_AnyObject], bool]) -> Objects:
         links = {i for i, link in self.links.items() if begins(link)}
@@ -260,7 +295,7 @@ class Objects:
         )
         holders = {pid for one in kept._each() for pid in one.pids}
         names = {pid: name for pid, name in self.processes.items() if pid in holders}
-        return Objects(kept.maps, kept.programs, kept.links, kept.perf_attachments, names)
+        return replace(kept, processes=names, network_namespaces=self.network_namespaces)
 
     def _without(self, others: Objects) -> Objects:
         return self._only(
@@ -326,6 +361,7 @@ def snapshot() -> Objects:
         {one.id: replace(one, **held.by("link", one.id)) for one in links},
         tuple(held.perf),
         names,
+        held.network_namespaces(),
     )
 
 
@@ -392,7 +428,7 @@ def _read_map(identifier: int) -> MapObject | None:
         elements: tuple[int, ...] = ()
         complete = True
         if kind in ("array_of_maps", "hash_of_maps", "prog_array"):
-            elements, complete = _elements(fd, info.key_size)
+            elements, complete = _elements(fd, info.key_size, waits=kind != "prog_array")
         return MapObject(
             id=info.id,
             name=libbpf.shown(info.name),
@@ -410,16 +446,21 @@ def _read_map(identifier: int) -> MapObject | None:
     return None
 
 
-def _elements(fd: int, key_size: int) -> tuple[tuple[int, ...], bool]:
-    """Ids of the objects that a map holds as its elements."""
+def _elements(fd: int, key_size: int, *, waits: bool) -> tuple[tuple[int, ...], bool]:
+    """Ids of the objects that a map holds as its elements.
+
+    Where a read does not wait, only the time counts in which it runs: a busy machine is no reason
+    to leave elements out.
+    """
+    clock = time.monotonic if waits else time.thread_time
     lib = libbpf.api()
     key, following = (ctypes.create_string_buffer(key_size) for _ in range(2))
     value = ctypes.c_uint32()
     found: set[int] = set()
-    deadline = time.monotonic() + (_EMULATED_READ_S if emulated() else _ELEMENTS_READ_S)
+    deadline = clock() + (_EMULATED_READ_S if emulated() else _ELEMENTS_READ_S)
     previous = None
     while lib.bpf_map_get_next_key(fd, previous, following) == 0:
-        if time.monotonic() > deadline:
+        if clock() > deadline:
             return tuple(sorted(found)), False
         if lib.bpf_map_lookup_elem(fd, following, ctypes.byref(value)) == 0:
             found.add(value.value)
@@ -440,6 +481,8 @@ def _read_program(identifier: int) -> ProgramObject | None:
             memlock_bytes=int(known.get("memlock", "0")),
             jited_bytes=info.jited_prog_len,
             map_ids=tuple(libbpf.prog_map_ids(fd)),
+            btf_id=info.btf_id,
+            attach_btf_id=info.attach_btf_id,
         )
     return None
 
@@ -449,13 +492,14 @@ def _read_link(identifier: int) -> LinkObject | None:
         info = libbpf.LinkInfo()
         libbpf.object_info(fd, info)
         known = _fdinfo(os.getpid(), fd)
-        target = [f"{k}={v}" for k, v in known.items() if k not in _COMMON_FIELDS]
+        fields = {k: v for k, v in known.items() if k not in _COMMON_FIELDS}
         known_kind = info.type < len(_LINK_KINDS)
         return LinkObject(
             id=info.id,
             kind=_LINK_KINDS[info.type] if known_kind else f"type {info.type}",
             program_id=info.prog_id,
-            target=" ".join(target),
+            target=" ".join(f"{name}={value}" for name, value in fields.items()),
+            fields=fields,
         )
     return None
 
@@ -467,6 +511,17 @@ def _kind_name(kinds: type[MapKind] | type[ProgramKind], number: int) -> str:
         return f"type {number}"
 
 
+def _shape(one: MapObject) -> tuple[object, ...]:
+    return one.name, one.kind, one.key_size, one.value_size
+
+
+def _grouped(pairs: Iterable[tuple[Any, int]]) -> dict[Any, tuple[int, ...]]:
+    found: dict[Any, list[int]] = {}
+    for key, number in pairs:
+        found.setdefault(key, []).append(number)
+    return {key: tuple(numbers) for key, numbers in found.items()}
+
+
 class _Held:
     """Who holds which object: descriptors of every process, and pins in every bpffs."""
 
@@ -475,22 +530,29 @@ class _Held:
         self.perf: list[PerfAttachment] = []
         self._pins: dict[tuple[str, int], list[str]] = {}
         self._walked: set[int] = set()
+        self._networks: list[tuple[int, int, str]] = []
         mounts: dict[str, list[int]] = {}  # processes of every mount namespace
         private: list[tuple[int, str]] = []
         ours = os.getpid()
         for pid in [ours, *(one for one in _processes() if one != ours)]:
             with suppress(OSError):
                 mounts.setdefault(os.readlink(f"/proc/{pid}/ns/mnt"), []).append(pid)
+                path = f"/proc/{pid}/ns/net"
+                self._network(_OWN if pid == ours else _OF_PROCESS, os.readlink(path), path)
                 for fd in os.listdir(f"/proc/{pid}/fd"):
                     self._descriptor(pid, fd, private)
         for pids in mounts.values():
             for pid in pids:
                 try:
-                    points = _bpffs_mounts(pid)
+                    mounted = _mounts(pid)
                 except OSError:
                     continue  # it has ended since; another one shows the same mounts
-                for point in points:
-                    self._walk(point if pid == ours else f"/proc/{pid}/root{point}", None)
+                root = "" if pid == ours else f"/proc/{pid}/root"
+                for kind, inside, point in mounted:
+                    if kind == "bpf":
+                        self._walk(root + point, None)
+                    else:
+                        self._network(_ELSEWHERE if root else _NAMED, inside, root + point)
                 break
         for pid, folder in private:
             self._walk(folder, pid)
@@ -502,6 +564,17 @@ class _Held:
             "pins": tuple(sorted(self._pins.get((of, identifier), ()))),
         }
 
+    def network_namespaces(self) -> dict[int, str]:
+        """Paths by inode: our own first, then what has a name, a process, or but a descriptor."""
+        found: dict[int, str] = {}
+        for _, inode, path in sorted(self._networks):
+            found.setdefault(inode, path)
+        return found
+
+    def _network(self, rank: int, called: str, path: str) -> None:
+        if match := re.fullmatch(r"net:\[(\d+)\]", called):
+            self._networks.append((rank, int(match[1]), path))
+
     def _descriptor(self, pid: int, fd: str, private: list[tuple[int, str]]) -> None:
         path = f"/proc/{pid}/fd/{fd}"
         with suppress(OSError):
@@ -511,6 +584,8 @@ class _Held:
                     self.pids.setdefault(what, set()).add(pid)
             elif target == "anon_inode:[perf_event]":
                 self._perf_event(pid, int(fd))
+            elif target.startswith("net:["):
+                self._network(_ELSEWHERE, target, path)
             elif target == "/" and _is_bpffs(path):  # the root of a mount without a place
                 private.append((pid, path))
 
@@ -521,6 +596,9 @@ class _Held:
         result = libbpf.api().bpf_task_fd_query(
             pid, fd, 0, target, *map(ctypes.byref, (size, program, kind, offset, address))
         )
+        if result == -errno.EOPNOTSUPP:  # it runs a program of type perf_event, not told which
+            self.perf.append(PerfAttachment(pid, 0, "perf_event", ""))
+            return
         if result != 0:
             return  # an event that runs no program
         self.pids.setdefault(("prog", program.value), set()).add(pid)
@@ -589,14 +667,18 @@ def _is_bpffs(path: str) -> bool:
     return ctypes.c_long.from_buffer(answer).value == _BPF_FS_MAGIC
 
 
-def _bpffs_mounts(pid: int) -> list[str]:
-    """Mount points of bpffs in the mount namespace of a process, whole file systems first."""
+def _mounts(pid: int) -> list[tuple[str, str, str]]:
+    """Type, root and point of what is mounted of bpffs and nsfs where a process is.
+
+    Whole file systems come before parts of them.
+    """
     found = []
     with open(f"/proc/{pid}/mountinfo", "rb") as file:
         for line in file:
             mount, _, rest = line.partition(b" - ")
-            if rest.split()[0] == b"bpf":
+            kind = rest.split()[0]
+            if kind in (b"bpf", b"nsfs"):
                 _, _, _, root, point = mount.split(b" ")[:5]
                 plain = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), point)
-                found.append((root != b"/", os.fsdecode(plain)))
-    return [point for _, point in sorted(found)]
+                found.append((root != b"/", kind.decode(), os.fsdecode(root), os.fsdecode(plain)))
+    return [(kind, root, point) for _, kind, root, point in sorted(found)]

@@ -12,7 +12,7 @@ import pytest
 from labkit.errors import BadInput
 from labkit.inspect.diagnose import diagnose
 from labkit.kernel import programs
-from labkit.kernel.libbpf import MapFlag, MapKind
+from labkit.kernel.libbpf import MapFlag, MapKind, ProgramKind
 from labkit.kernel.maps import Map
 from labkit.kernel.pins import PinFolder
 
@@ -28,14 +28,19 @@ def policy(**changes: object) -> Map:
 
 def test_a_second_map_after_a_reload_is_the_cause() -> None:
     with policy() as old, policy() as new, programs.load("held_map", TABLE_FD=old.fd) as unit:
-        name = unit.program("look_up").name
+        program = unit.program("look_up", ProgramKind.RAW_TRACEPOINT)
+        name = program.name
+        unit.attach(program, "sys_enter")
         ours = {one.state.map_id: one for one in diagnose(NAME)}
         assert list(ours) == [old.id, new.id]
         cause = ours[new.id].diagnostics[0]
         assert (cause.weight, cause.experiment) == ("cause", "second-map-after-reload")
         assert f"The older map {old.id}" in cause.says and name in cause.says
         assert [one.name for one in ours[old.id].state.users(old.id)] == [name]
-        assert ours[old.id].diagnostics[0].experiment == "cached-handle"  # we hold the new one
+        assert "raw_tracepoint of sys_enter" in cause.says
+        seen = ours[old.id].diagnostics[0]
+        assert seen.experiment == "cached-handle"  # we hold the new one, and this one too
+        assert seen.weight == "risk" and f"The newer map {new.id}" in seen.says
 
 
 def test_a_full_map_without_preallocation() -> None:

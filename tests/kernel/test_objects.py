@@ -11,6 +11,7 @@ from contextlib import ExitStack
 import pytest
 
 from labkit.kernel import libbpf, tools, trials
+from labkit.kernel.attachments import Standing, survey
 from labkit.kernel.libbpf import MapKind, ProgramKind
 from labkit.kernel.objects import Objects, difference, family, snapshot
 from labkit.kernel.parallel import Child
@@ -198,4 +199,6 @@ def test_a_program_on_a_perf_event_is_attached_without_a_link(
     (attachment,) = found.perf_attachments
     assert (attachment.pid, attachment.program_id) == (os.getpid(), program_id)
     assert (attachment.kind, attachment.target) == ("tracepoint", "sys_enter_getppid")
-    assert found.attached(program_id) == ("tracepoint sys_enter_getppid",)
+    (place,) = survey(found).of(program_id)
+    assert str(place) == "tracepoint of sys_enter_getppid"
+    assert survey(found).standing(program_id) is Standing.ATTACHED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from labkit.errors import BadInput
 from labkit.inspect.diagnose import Diagnosis, Diagnostic, MapState, diagnostics, map_ids, padding
+from labkit.kernel.attachments import Attachment, Standing, Survey
 from labkit.kernel.libbpf import MapFlag
 from labkit.kernel.maps import Snapshot
 from labkit.kernel.objects import LinkObject, MapObject, Objects, ProgramObject
@@ -41,6 +43,16 @@ def facts(
     return MapState(maps[0].id, seen, np.dtype(layout), np.dtype(value), **usual)
 
 
+def running(*attachments: Attachment, nowhere: tuple[int, ...] = (), **more: Any) -> Survey:
+    """A machine on which everything was seen; programs are of XDP."""
+    programs = {one.program_id for one in attachments} | {*nowhere}
+    return Survey(attachments, kinds=dict.fromkeys(programs, "xdp"), **more)
+
+
+def at(program_id: int, target: str = "dev eth0", hook: str = "tc ingress") -> Attachment:
+    return Attachment(program_id, hook, target)
+
+
 def said(of: MapState) -> dict[str, str]:
     """Weight of each diagnostic, by the experiment that it names."""
     return {one.experiment: one.weight for one in diagnostics(of)}
@@ -57,7 +69,8 @@ def test_a_map_without_a_program_is_remarked_on() -> None:
 @pytest.mark.parametrize("mine", [(), (8,)])
 def test_the_program_reads_another_map_of_that_name(mine: tuple[int, ...]) -> None:
     users = (program(7, 1), *(program(one, 2) for one in mine))
-    found = list(diagnostics(facts(made(2), made(1), programs=users)))
+    where = running(at(7), *map(at, mine))
+    found = list(diagnostics(facts(made(2), made(1), programs=users, survey=where)))
     cause = next(one for one in found if one.weight == "cause")
     assert cause.experiment == "second-map-after-reload"
     assert "The older map 1 is called policy too, and program 7 filter uses it" in cause.says
@@ -65,10 +78,174 @@ def test_the_program_reads_another_map_of_that_name(mine: tuple[int, ...]) -> No
 
 def test_another_process_with_a_map_of_that_name_is_but_a_risk() -> None:
     users = (program(7, 1), program(8, 2))
-    apart = facts(made(2, pids=(45,)), made(1, pids=(44,)), programs=users)
+    where = running(at(7), at(8))
+    apart = facts(made(2, pids=(45,)), made(1, pids=(44,)), programs=users, survey=where)
     assert said(apart) == {"second-map-after-reload": "risk"}
-    shared = facts(made(2, pids=(44, 45)), made(1, pids=(44,)), programs=users)
+    shared = facts(made(2, pids=(44, 45)), made(1, pids=(44,)), programs=users, survey=where)
     assert said(shared) == {"second-map-after-reload": "cause"}
+
+
+def of_twins(mine: MapObject, twin: MapObject, *programs: ProgramObject, **more: Any) -> Diagnostic:
+    """The one remark about the twin."""
+    state = facts(mine, twin, programs=programs, **more)
+    (found,) = (one for one in diagnostics(state) if f"map {twin.id} is called" in one.says)
+    return found
+
+
+def test_programs_at_one_hook_make_a_cause_whichever_map_is_asked() -> None:
+    users = (program(7, 1), program(8, 2))
+    where = running(
+        Attachment(7, "tc ingress", "dev eth0", priority=1, detach="tc filter del old"),
+        Attachment(8, "tcx ingress", "dev eth0", detach="bpftool link detach id 5"),
+    )
+    for mine, twin in ((2, 1), (1, 2)):
+        found = of_twins(made(mine), made(twin), *users, survey=where)
+        assert found.weight == "cause" and "one hook, tc ingress of dev eth0" in found.says
+        assert "tc filter del old" in found.do and "link detach" not in found.do
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        (at(7, "dev eth0"), at(8, "dev eth1")),
+        (at(7, hook="tc ingress"), at(8, hook="tc egress")),
+        (Attachment(7, "tc ingress", "dev eth0"), Attachment(8, "tc ingress", "dev eth0", "b")),
+        (at(7, "softirq_entry", "tracepoint"), at(8, "softirq_entry", "tracepoint")),
+    ],
+)
+def test_maps_of_one_name_that_run_apart_are_a_risk(places: tuple[Attachment, ...]) -> None:
+    users = (program(7, 1), program(8, 2))
+    for mine, twin in ((2, 1), (1, 2)):
+        found = of_twins(made(mine), made(twin), *users, survey=running(*places))
+        assert found.weight == "risk"
+        assert "detach" not in (found.says + found.do).lower()
+
+
+def test_programs_of_two_names_are_two_loads_where_one_was_left_behind() -> None:
+    users = (program(7, 1), replace(program(8, 2), name="other"))
+    where = running(at(7), at(8))
+    kept = made(1, pids=(44,)), made(2, pids=(44,))
+    assert of_twins(*kept, *users, survey=where).weight == "risk"
+    left = made(1, pids=(44,)), made(2)
+    assert of_twins(*left, *users, survey=where).weight == "cause"
+
+
+def test_a_pin_for_each_or_one_load_is_no_second_load() -> None:
+    where = running(at(7), at(8))
+    pinned = made(1, pins=("/sys/fs/bpf/a",)), made(2, pins=("/sys/fs/bpf/b",))
+    assert of_twins(*pinned, program(7, 1), program(8, 2), survey=where).weight == "risk"
+    load = replace(program(7, 1), btf_id=5), replace(program(8, 2), btf_id=5)
+    found = of_twins(made(1), made(2), *load, survey=where)
+    assert found.weight == "risk" and "both are of one load" in found.says
+
+
+def test_one_program_with_both_maps_and_a_name_that_was_cut() -> None:
+    name = "libc_malloc_cal"
+    found = of_twins(made(1, name), made(2, name), program(7, 1, 2), survey=running(at(7)))
+    assert found.weight == "risk"
+    assert "program 7 filter uses both of them. The kernel cuts a name to 15 bytes" in found.says
+    loads = program(7, 1), program(8, 2)
+    where = running(at(7), nowhere=(8,))
+    cause = of_twins(made(2, name), made(1, name), *loads, survey=where)
+    assert cause.weight == "cause" and "15 bytes" in cause.says
+
+
+def test_the_program_of_the_new_load_is_attached_nowhere() -> None:
+    users = (program(7, 1), program(8, 2))
+    where = running(at(7), nowhere=(8,))
+    new = list(diagnostics(facts(made(2), made(1), programs=users, survey=where)))
+    assert [one.weight for one in new] == ["cause", "cause"]
+    assert "what is written here reaches no program that runs" in new[0].says
+    assert "8 filter (xdp) is loaded and attached nowhere" in new[1].says
+    assert of_twins(made(1), made(2), *users, survey=where).weight == "risk"
+
+
+def test_a_program_that_is_reached_through_another_one_is_attached() -> None:
+    reached = {8: ((7, "tail call by map 3"),), 9: ((8, "redirect by map 4"),), 7: ((9, "loop"),)}
+    users = (program(9, 1),)
+    where = running(at(7), nowhere=(8, 9), callers=reached)
+    assert said(facts(made(1), programs=users, survey=where)) == {}
+    assert where.of(9)[0].target == "program 8"
+    alone = running(nowhere=(7, 8, 9), callers=reached)
+    assert said(facts(made(1), programs=users, survey=alone)) == {
+        "second-map-after-reload": "cause"
+    }
+    assert alone.of(9) == ()
+
+
+def test_a_program_that_runs_for_a_map_uses_it() -> None:
+    place = Attachment(7, "sk_msg_verdict", "map 1", map_id=1)
+    found = facts(made(1, kind="sockmap"), programs=(program(7),), survey=running(place))
+    assert said(found) == {} and [one.id for one in found.users(1)] == [7]
+
+
+def test_a_replacement_runs_when_its_program_does() -> None:
+    kinds = {7: "xdp", 8: "ext"}
+    link = at(8, "function 3 of BTF 7", "tracing")
+    callers = {8: ((7, "replacement of a function"),)}
+    alone = Survey((link,), callers=callers, kinds=kinds)
+    assert alone.standing(8) is Standing.NOWHERE
+    assert Survey((link, at(7)), callers=callers, kinds=kinds).standing(8) is Standing.ATTACHED
+
+
+@pytest.mark.parametrize(
+    ("kind", "unseen", "weight"),
+    [
+        ("socket_filter", {}, None), ("syscall", {}, None), ("type 99", {}, None),
+        ("cgroup_skb", {"cgroups": "no cgroups are in sight"}, "risk"),
+        ("tc", {"cgroups": "no cgroups are in sight"}, "cause"),
+        ("kprobe", {}, "cause"),
+    ],
+)  # fmt: skip
+def test_nowhere_is_said_only_where_all_was_seen(
+    kind: str, unseen: dict[str, str], weight: str | None
+) -> None:
+    where = Survey(kinds={7: kind}, unseen=unseen)
+    found = facts(made(1), programs=(program(7, 1),), survey=where)
+    assert said(found).get("second-map-after-reload") == weight
+    assert ("attached nowhere" in str(Diagnosis(found, ()))) == (weight == "cause")
+
+
+def test_what_only_its_process_ends_is_perhaps_not_meant_to_run() -> None:
+    idle, busy = replace(program(7, 1), btf_id=5), replace(program(8, 2), btf_id=5)
+    for kind, weight in (("raw_tracepoint", "risk"), ("tc", "cause")):
+        users = replace(idle, kind=kind), replace(busy, kind=kind)
+        where = Survey((at(8),), kinds={7: kind, 8: kind})
+        found = facts(made(1), made(2, "other"), programs=users, survey=where)
+        assert said(found) == {"second-map-after-reload": weight}
+
+
+def test_a_link_that_lost_its_device_is_named() -> None:
+    where = running(nowhere=(7,), detached=(LinkObject(5, "xdp", 7, "ifindex=0"),))
+    (cause,) = diagnostics(facts(made(1), programs=(program(7, 1),), survey=where))
+    assert "its xdp link 5 has lost" in cause.says
+
+
+def test_constants_are_frozen_by_design() -> None:
+    flags = int(MapFlag.RDONLY_PROG)
+    constants = made(1, "case.rodata", frozen=True, flags=flags, max_entries=1, value_size=4)
+    twin = replace(constants, id=2)
+    users = (program(7, 1), program(8, 2))
+    found = facts(constants, twin, programs=users, survey=running(at(7), at(8)))
+    assert said(found) == {"rodata-folded": "risk"}
+
+
+@pytest.mark.parametrize("pids", [(), (44,)])
+def test_the_next_map_for_a_map_of_maps_is_no_second_load(pids: tuple[int, ...]) -> None:
+    outer = made(5, "outer", kind="array_of_maps", map_ids=(2,))
+    used, following = made(2, pids=pids), made(1, pids=(44,))
+    for mine, twin in ((following, used), (used, following)):
+        found = facts(mine, twin, outer, programs=(program(7, 5),), survey=running(at(7)))
+        assert "cause" not in said(found).values()
+
+
+def test_of_many_twins_the_nearest_are_shown_and_the_rest_counted() -> None:
+    many = [made(one) for one in range(1, 400)]
+    users = tuple(program(1000 + one.id, one.id) for one in many)
+    where = running(*(at(user.id, f"dev v{user.id}") for user in users))
+    (found,) = diagnostics(facts(many[199], *many, programs=users, survey=where))
+    assert found.says.count("is called policy too") == 4
+    assert "394 more maps have this name" in found.says
 
 
 def test_somebody_holds_an_old_map_that_no_program_reads() -> None:
@@ -152,17 +329,20 @@ def test_every_remark_names_an_experiment() -> None:
 
 
 def test_causes_come_first_and_the_text_says_who_uses_it() -> None:
-    link = LinkObject(3, "xdp", 7, "ifindex=2")
+    place = Attachment(7, "xdp native", "dev eth0", link_id=3, detach="bpftool link detach id 3")
     of = facts(made(1, frozen=True, value_size=16, pids=(44,)), programs=(program(7, 1),))
-    seen = Objects(of.objects.maps, of.objects.programs, {3: link}, (), {44: "agent"})
-    of = MapState(1, seen, of.key_dtype, of.value_dtype)
+    seen = Objects(of.objects.maps, of.objects.programs, {}, (), {44: "agent"})
+    of = MapState(1, seen, of.key_dtype, of.value_dtype, survey=running(place))
     diagnosis = Diagnosis(of, tuple(sorted(diagnostics(of), key=lambda one: one.weight)))
     text = str(diagnosis)
     assert diagnosis.has_cause and text.index("cause") < text.index("risk")
     assert "held by  agent[44]" in text
-    assert "program 7 filter (xdp), attached: xdp ifindex=2" in text
+    assert "program 7 filter (xdp)\n           at  xdp native of dev eth0, link 3\n" in text
+    assert "ends by  bpftool link detach id 3\n" in text
+    (user,) = diagnosis.as_json()["used_by"]
+    assert user["standing"] == "attached"
+    assert [(one["hook"], one["link_id"]) for one in user["attached"]] == [("xdp native", 3)]
     told = diagnosis.as_json()
-    assert list(told["used_by"][0]["attached"]) == ["xdp ifindex=2"]
     assert Diagnostic(**told["diagnostics"][0]).weight == "cause"
     assert max(map(len, text.splitlines())) <= 100
 
