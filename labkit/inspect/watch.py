@@ -1,123 +1,252 @@
-"""See the changes of one live map as they are made, whoever makes them: anybody's, not one of ours.
+"""See the changes of live maps as they are made, whoever makes them: anybody's, not one of ours.
 
-Hooks tell of each change with its key and value (`labkit.sync.trace_hook`). What no hook sees, such
-as a program's store through a pointer, is found by reading the map every so often. The map needs no
-version in its values, and is never written to.
+Hooks tell of each change with its key and value, who asked for it, and the kernel's answer
+(`labkit.inspect.watch_hooks`). What no hook sees, such as a program's store through a pointer, is
+found by reading the map every so often. The map needs no version in its values, and is never
+written to.
 """
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from labkit.errors import BadInput
-from labkit.inspect.diagnose import map_ids
-from labkit.kernel import objects
+from labkit.inspect import watch_hooks
+from labkit.inspect.watch_hooks import WatchHooks
+from labkit.inspect.watch_output import Output, Wanted, in_words
+from labkit.inspect.watch_targets import which_maps
+from labkit.inspect.writers import Programs, Writer
+from labkit.kernel import libbpf
 from labkit.kernel.closing import Closing
-from labkit.kernel.maps import OF_MAPS, PER_CPU, Map
+from labkit.kernel.libbpf import MapKind
+from labkit.kernel.maps import OF_MAPS, PER_CPU, Map, MapError
 from labkit.kernel.ringbuf import RingReader
-from labkit.sync.changes import ChangeKind, event_dtype
-from labkit.sync.ring_events import Channel
 from labkit.sync.strategy import bounded
-from labkit.sync.trace_hook import Hooks
 
-_RING_BYTES: Final = 1 << 22
+__all__ = ["MapEvent", "Watch", "in_words", "show"]
+
+_RING_BYTES: Final = 1 << 23
+_BATCH: Final = 8_192  # events that are taken from the ring at once
 _LAST_S: Final = 5.0  # to read what the ring holds in the end
 _STEP_S: Final = 0.2
+_MOST_BYTES: Final = 64 << 20  # a larger map is not read whole every so often
+_MOST_INNER: Final = 256  # before Linux 6.8 each read of such an element waits for RCU
+_READABLE: Final = {
+    MapKind.HASH, MapKind.ARRAY, MapKind.LRU_HASH, MapKind.LPM_TRIE, MapKind.PROG_ARRAY,
+    MapKind.DEVMAP, MapKind.DEVMAP_HASH, *PER_CPU, *OF_MAPS,
+}  # fmt: skip
+_FEW_ENTRIES: Final = {MapKind.PROG_ARRAY, *OF_MAPS}
 _BLIND: Final = {
     "functions": "stores through a pointer that a program looked up, stores through a mapping, "
-    "and what an LRU map evicts",
+    "what an LRU map evicts, and calls that are refused before they reach the map (EPERM, EFAULT)",
     "syscalls": "what programs write, stores through a mapping, and what an LRU map evicts",
 }
+_NEVER: Final = math.inf
 
 
 @dataclass(frozen=True)
 class MapEvent:
-    """One change that was seen.
+    """One change that was asked for or found.
 
     Attributes
     ----------
     at_ns : int
-        When the kernel had applied it, or when it was found by reading; CLOCK_MONOTONIC.
+        When the kernel had answered, or when it was found by reading; CLOCK_MONOTONIC.
     what : str
         ``update`` or ``delete``, told by a hook; ``found`` or ``gone``, which no hook told.
     key, value
-        Of the map's layout; the value is None for a delete, and for a key that is gone.
+        Of the map's layout; the value is None where there is none or it could not be read, and
+        is a tuple, one for each CPU, in a per-CPU map. Maps of maps and program arrays: ids.
+    map_id : int
+        The map.
+    error : str
+        Why the kernel refused it, such as ``EEXIST``; empty where it did not.
+    old
+        The value that was told or read of this key last; None where there was none, or none is
+        known: `is_new` tells the two apart.
+    is_new : bool
+        Nothing was there before, as far as was told or read.
+    writer : Writer or None
+        Who asked; None for what was found.
+    after_ns : int
+        For what was found: it happened after this reading, and not after ``at_ns``. Else 0.
+    cpu : int or None
+        The only CPU whose slot a program wrote in a per-CPU map; None where all were.
+    raw_key : bytes
+        The key as it stands in memory.
     """
 
     at_ns: int
     what: str
     key: Any
     value: Any
+    map_id: int = 0
+    error: str = ""
+    old: Any = None
+    is_new: bool = False
+    writer: Writer | None = None
+    after_ns: int = 0
+    cpu: int | None = None
+    raw_key: bytes = b""
+
+
+class _Followed:
+    """One map: what its readings showed, and what was told of it since."""
+
+    def __init__(self, table: Map) -> None:
+        self.table = table
+        self.slots = libbpf.possible_cpus() if table.kind in PER_CPU else 1
+        self.value_bytes = self.slots * table.value_size
+        self.unread = self._why_unread()
+        self.known: dict[bytes, bytes] = {}
+        self.doubtful: set[bytes] = set()  # what one reading showed otherwise, and no event told
+        self.touched: set[bytes] = set()  # keys of which events told since the last reading
+        self.latest: dict[bytes, bytes] = {}  # as last told or found
+        self.loaded_ns = 0
+        self.readings_ns = [0, 0]  # when the last but one and the last began
+
+    def _why_unread(self) -> str:
+        table = self.table
+        if table.kind not in _READABLE:
+            return f"a {table.kind.name.lower()} cannot be read whole"
+        if table.kind in _FEW_ENTRIES and table.max_entries > _MOST_INNER:
+            return f"it has room for more than {_MOST_INNER} maps or programs"
+        if table.max_entries * (table.key_size + self.value_bytes) > _MOST_BYTES:
+            return f"it has room for more than {_MOST_BYTES >> 20} MiB"
+        return ""
+
+    def load(self) -> None:
+        """Read the map for the first time."""
+        if self.unread:
+            return
+        try:
+            self.known = self.read()
+        except MapError as error:
+            self.unread = str(error).removesuffix(".")
+            return
+        self.latest = dict(self.known)
+        self.loaded_ns = time.monotonic_ns()
+
+    def read(self) -> dict[bytes, bytes]:
+        """The bytes of each value by those of its key, slots of CPUs one behind the other."""
+        self.readings_ns = [self.readings_ns[1], time.monotonic_ns()]
+        snapshot = self.table.snapshot()
+        return dict(zip(_each(snapshot.keys), _each(snapshot.values), strict=True))
+
+    def key(self, raw: bytes) -> Any:
+        return np.frombuffer(raw, self.table.key_dtype)[0] if raw else None
+
+    def value(self, raw: bytes | None) -> Any:
+        """A value, or one for each CPU, of packed bytes."""
+        if raw is None:
+            return None
+        values = np.frombuffer(raw, self.table.value_dtype)
+        all_slots = self.table.kind in PER_CPU and len(raw) == self.value_bytes
+        return tuple(values) if all_slots else values[0]
+
+    def packed(self, raw: bytes) -> bytes:
+        """A value as bpf(2) takes it, without what pads the slots of CPUs."""
+        size = self.table.value_size
+        stride = -(-size // 8) * 8
+        if len(raw) != self.slots * stride or self.table.kind not in PER_CPU:
+            return raw
+        return b"".join(raw[at : at + size] for at in range(0, len(raw), stride))
+
+    def before(self, key: bytes, at_ns: int) -> tuple[bytes | None, bool]:
+        """The value that a key had as far as is known, and whether it had none."""
+        old = self.latest.get(key)
+        if at_ns <= self.loaded_ns:
+            return None, False  # the first reading may show it already
+        return old, old is None and not self.unread
+
+    def told(self, key: bytes, value: bytes | None) -> None:
+        """An event told that a key has this value now, or that it is gone."""
+        self.touched.add(key)
+        if value is not None:
+            self.latest[key] = value
+        else:
+            self.latest.pop(key, None)
 
 
 class Watch(Closing):
-    """Watches one map; a context manager.
+    """Watches maps; a context manager.
 
     Parameters
     ----------
-    table : Map
-        Opened by id, pin or name; it stays the caller's.
+    *tables : Map
+        Opened by id, pin or name; they stay the caller's. None: all maps of the machine, told
+        without keys and values, and not read.
     pull_s : float
-        From one reading of the whole map to the next, seconds. What no hook told is reported
-        when two readings in a row show it, so that a change whose event is still on its way is
-        not. Per-CPU maps and maps of maps are not read.
+        From one reading of the maps to the next, seconds. What no hook told is reported when
+        two readings in a row show it, so that a change whose event is still on its way is not.
+        What comes and goes between two readings stays invisible.
 
     Attributes
     ----------
     mechanism : str
-        How the map's changes are hooked: one of `labkit.sync.trace_hook.MECHANISMS`.
+        How changes are hooked: one of `labkit.inspect.watch_hooks.MECHANISMS`.
     blind : str
         What the hooks do not see, in words.
-    seen, found : int
-        Changes told by hooks so far, and found by reading.
+    pull_s : float
+        As given.
+    seen, refused, found : int
+        Changes told by hooks so far; those that the kernel refused; those found by reading.
+    unread : dict of int to str
+        Maps that are not read, with the reason.
 
     Raises
     ------
     BadInput
-        The type of the map has no hook, or ``pull_s`` is no bound.
+        The kind of a map has no hook, or ``pull_s`` is no bound.
     Unavailable
         This kernel refuses the hooks; the sentence says which.
     """
 
-    def __init__(self, table: Map, *, pull_s: float = 1.0) -> None:
+    def __init__(self, *tables: Map, pull_s: float = 1.0) -> None:
         if bounded(pull_s) == 0:
             raise BadInput("A reading every 0 s would leave no time for events: give more.")
-        self._table = table
-        self._pull_s = pull_s
-        self._readable = table.kind not in PER_CPU | OF_MAPS
-        self._channel = Channel.create(_RING_BYTES)
-        self._hooks: Hooks | None = None
+        self.pull_s = pull_s
         self._reader: RingReader | None = None
-        self.seen = self.found = 0
+        self._ended = False
+        self.seen = self.refused = self.found = 0
+        self._followed = {table.id: _Followed(table) for table in tables}
+        self._hooks = WatchHooks(tables, ring_bytes=_RING_BYTES)
         try:
-            self._hooks = Hooks(table, self._channel)
-            event = event_dtype(table.key_dtype, table.value_dtype)
-            self._reader = RingReader(self._channel.ring, event, batch=4096)
+            self._programs = Programs(self._hooks.program_ids)
+            self._reader = RingReader(self._hooks.channel.ring, self._hooks.event, batch=_BATCH)
+            for one in self._followed.values():
+                one.load()
         except BaseException:
             self.close()
             raise
         self.mechanism = self._hooks.mechanism
         self.blind = _BLIND[self.mechanism]
-        self._touched: set[bytes] = set()  # keys of which events told since the last reading
-        self._doubtful: set[bytes] = set()  # what one reading showed otherwise, and no event told
-        self._known = self._read() if self._readable else {}
-        self._next_pull = time.monotonic() + pull_s
+        self.unread = {id: one.unread for id, one in self._followed.items() if one.unread}
+        self._next_pull = time.monotonic() + pull_s if self._readable else _NEVER
+
+    @property
+    def _readable(self) -> list[_Followed]:
+        return [one for one in self._followed.values() if not one.unread]
 
     @property
     def dropped(self) -> int:
-        """Changes whose events found no room, or whose hook the kernel skipped."""
-        counts = self._channel.counts.lookup(0)
-        assert self._hooks is not None
-        return int(counts["dropped"].sum()) + self._hooks.missed()
+        """Changes and refusals that no event told.
+
+        The ring was full, the kernel skipped the hook on that CPU, or they stood so far behind in
+        a batch that no event was made for them.
+        """
+        _, dropped, of_batches = self._hooks.counts()
+        return dropped + of_batches
 
     def poll(self, timeout_s: float) -> list[MapEvent]:
         """Wait for changes, and hand them out.
@@ -135,158 +264,237 @@ class Watch(Closing):
         Raises
         ------
         MapError
-            The map cannot be read.
+            A map cannot be read any more.
         """
         assert self._reader is not None
         deadline = time.monotonic() + bounded(timeout_s)
         while True:
-            until = min(deadline, self._next_pull) if self._readable else deadline
+            until = min(deadline, self._next_pull)
             self._reader.wait(max(0.0, until - time.monotonic()))
             news = self._take()
-            if self._readable and time.monotonic() >= self._next_pull:
+            if time.monotonic() >= self._next_pull:
                 news += self._pull()
             if news or time.monotonic() >= deadline:
                 return news
 
     def end(self) -> list[MapEvent]:
-        """Unhook the map, and hand out all that its hooks had told until then.
+        """Read the maps once more, unhook them, and hand out all that is not handed out yet.
 
         Returns
         -------
         list of MapEvent
-            With them, every change that was hooked is told or counted as dropped.
+            With them, every change that was hooked is told or counted as dropped. What the last
+            reading shows and no hook told is found, though no second reading has shown it.
         """
-        assert self._hooks is not None
-        self._hooks.detach()
+        if self._ended:
+            return []
+        self._ended = True
         news = self._take()
+        last = [(one, one.touched, one.read()) for one in self._readable]
+        for one, _, _ in last:
+            one.touched = set()
+        at_ns = time.monotonic_ns()
+        self._hooks.detach()
         deadline = time.monotonic() + _LAST_S
         # A hook that ran at that moment may still be on its way to the ring.
-        while self.seen < self._emitted() and time.monotonic() < deadline:
+        while self.seen + self.refused < self._hooks.counts()[0] and time.monotonic() < deadline:
             news += self._take()
+        for one, before, now in last:
+            one.doubtful = now.keys() | one.known.keys()
+            news += self._found(one, before, now, at_ns)
         return news
 
-    def _emitted(self) -> int:
-        return int(self._channel.counts.lookup(0)["emitted"].sum())
-
     def close(self) -> None:
-        """Unhook the map; safe to call twice."""
-        for one in (self._reader, self._hooks, self._channel):
-            if one is not None:
-                one.close()
+        """Unhook the maps; safe to call twice."""
+        if self._reader is not None:
+            self._reader.close()
+        self._hooks.close()
+
+    # -- what hooks tell ---------------------------------------------------------------------
 
     def _take(self) -> list[MapEvent]:
         """What the ring holds now, one batch at the most."""
         assert self._reader is not None
-        events = self._reader.read().copy()
-        self._touched.update(_each(events["key"]))
-        self.seen += len(events)
-        return [
-            MapEvent(
-                int(event["committed_ns"]),
-                ChangeKind(event["kind"]).name.lower(),
-                event["key"],
-                event["value"] if event["kind"] == ChangeKind.UPDATE else None,
-            )
-            for event in events
-        ]
+        return [self._told(event) for event in self._reader.read()]
+
+    def _told(self, event: np.void) -> MapEvent:
+        at_ns, map_id, result = int(event["at_ns"]), int(event["map_id"]), int(event["result"])
+        what = "update" if event["kind"] == watch_hooks.UPDATE else "delete"
+        error = libbpf.error_name(-result) if result else ""
+        writer = self._programs.writer(event)
+        if error:
+            self.refused += 1
+        else:
+            self.seen += 1
+        one = self._followed.get(map_id)
+        if one is None:
+            return MapEvent(at_ns, what, None, None, map_id, error, writer=writer)
+        lacks = int(event["lacks"])
+        readable = one.table.key_size and not lacks & watch_hooks.LACKS_KEY
+        key = event["key"].tobytes()[: one.table.key_size] if readable else b""
+        value = None
+        if event["value_size"] and not lacks & watch_hooks.LACKS_VALUE:
+            value = one.packed(event["value"].tobytes()[: int(event["value_size"])])
+        old, is_new = one.before(key, at_ns)
+        partial = value is not None and len(value) < one.value_bytes
+        if not error:
+            one.told(key, None if what == "delete" or partial else value)
+        taken = what == "delete" and value is not None
+        return MapEvent(
+            at_ns,
+            what,
+            one.key(key),
+            None if taken else one.value(value),
+            map_id,
+            error,
+            old=one.value(value if taken else None if partial else old),
+            is_new=is_new and what == "update" and not error and not partial,
+            writer=writer,
+            cpu=int(event["cpu"]) if partial else None,
+            raw_key=key,
+        )
+
+    # -- what readings show ------------------------------------------------------------------
 
     def _pull(self) -> list[MapEvent]:
-        """Read the map; what two readings in a row show, and no event told since, is news."""
-        before, self._touched = self._touched, set()
-        now, at_ns = self._read(), time.monotonic_ns()
-        told = self._take()  # of what the reading shows already, or of what came after it
+        """Read the maps; what two readings in a row show, and no event told since, is news."""
+        begun, news = time.monotonic(), []
+        for one in self._readable:
+            before, one.touched = one.touched, set()
+            now, at_ns = one.read(), time.monotonic_ns()
+            news += self._take()  # of what the reading shows already, or of what came after it
+            news += self._found(one, before, now, at_ns)
+        ended = time.monotonic()
+        self._next_pull = ended + max(self.pull_s, ended - begun)
+        return news
+
+    def _found(
+        self, one: _Followed, before: set[bytes], now: dict[bytes, bytes], at_ns: int
+    ) -> list[MapEvent]:
         known, doubtful, news = dict(now), set(), []
-        for key in now.keys() | self._known.keys():
+        for key in now.keys() | one.known.keys():
             value = now.get(key)
-            if key in before or key in self._touched or value == self._known.get(key):
+            if value == one.known.get(key) or key in before or key in one.touched:
                 continue
-            if key in self._doubtful:
-                news.append(self._event(at_ns, key, value))
+            if key in one.doubtful:
+                news.append(self._event(one, at_ns, key, value))
                 continue
             doubtful.add(key)
-            if key in self._known:
-                known[key] = self._known[key]
+            if key in one.known:
+                known[key] = one.known[key]
             else:
                 del known[key]
-        self._known, self._doubtful = known, doubtful
+        one.known, one.doubtful = known, doubtful
         self.found += len(news)
-        self._next_pull = time.monotonic() + self._pull_s
-        return told + news
+        return news
 
-    def _event(self, at_ns: int, key: bytes, value: bytes | None) -> MapEvent:
-        layout = [("key", self._table.key_dtype), ("value", self._table.value_dtype)]
-        row = np.frombuffer(key + (value or bytes(self._table.value_size)), layout)[0]
-        what, content = ("gone", None) if value is None else ("found", row["value"])
-        return MapEvent(at_ns, what, row["key"], content)
+    def _event(self, one: _Followed, at_ns: int, key: bytes, value: bytes | None) -> MapEvent:
+        old = one.latest.get(key)
+        if value is None:
+            one.latest.pop(key, None)
+        else:
+            one.latest[key] = value
+        return MapEvent(
+            at_ns,
+            "gone" if value is None else "found",
+            one.key(key),
+            one.value(value),
+            one.table.id,
+            old=one.value(old),
+            is_new=old is None,
+            after_ns=one.readings_ns[0],
+            raw_key=key,
+        )
 
-    def _read(self) -> dict[bytes, bytes]:
-        snapshot = self._table.snapshot()
-        return dict(zip(_each(snapshot.keys), _each(snapshot.values), strict=True))
 
-
-def show(which: str, *, seconds: float) -> None:
-    """Print the changes of a map as they are made, and in the end how many there were.
+def show(
+    which: str | Sequence[str] = (),
+    *,
+    seconds: float = _NEVER,
+    program: int | None = None,
+    output: Output | None = None,
+    wanted: Wanted | None = None,
+) -> None:
+    """Print the changes of maps as they are made, and in the end how many there were.
 
     The changes go to standard output, a line each; what is said of them goes to standard error.
 
     Parameters
     ----------
-    which : str
-        Id, path of a pin, or name of the map.
+    which : str or sequence of str
+        Ids, paths of pins, or names of maps. Neither they nor ``program``: all maps of the
+        machine, without keys and values.
     seconds : float
         After which it ends; infinite: when it gets SIGINT, whatever that did before.
+    program : int, optional
+        Id of a program: the maps that it refers to.
+    output : Output, optional
+        How an event is written; by default a line of text on standard output.
+    wanted : Wanted, optional
+        Which events are written; by default all.
 
     Raises
     ------
     BadInput
-        No map is meant, or several; or its type has no hook.
+        No map is meant, or several by one name; or a map's kind has no hook.
     Unavailable
         This kernel refuses the hooks; the sentence says which.
     """
-    found = map_ids(which, objects.snapshot())
-    if len(found) > 1:
-        raise BadInput(f"Maps {found} are all called {which!r}: name one by its id.")
+    names = [which] if isinstance(which, str) else list(which)
+    ids = which_maps(names, program)
     interrupted = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     try:
-        _show(found[0], seconds, interrupted)
+        with output or Output() as out:
+            _show(ids, seconds, interrupted, out, wanted or Wanted())
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def _show(map_id: int, seconds: float, interrupted: threading.Event) -> None:
-    with Map.from_id(map_id) as table, Watch(table) as watch:
-        _say(f"Watching {table!r} by {watch.mechanism}; the hooks do not see {watch.blind}.")
-        since_epoch_s = time.time() - time.monotonic()
-        ends = time.monotonic() + seconds
-        while (left := ends - time.monotonic()) > 0 and not interrupted.is_set():
-            _print(watch.poll(min(left, _STEP_S)), since_epoch_s)
-        _print(watch.end(), since_epoch_s)
-        _say(
-            f"{watch.seen:,} changes were told by hooks, {watch.dropped:,} were dropped on "
-            f"their way, and {watch.found:,} were found by reading."
+def _show(
+    ids: list[int], seconds: float, interrupted: threading.Event, out: Output, wanted: Wanted
+) -> None:
+    tables: list[Map] = []
+    try:
+        tables += [Map.from_id(id) for id in ids]
+        with Watch(*tables) as watch:
+            _say_what(watch, tables)
+            out.several = len(tables) != 1
+            ends = time.monotonic() + seconds
+            written = 0
+            while (left := ends - time.monotonic()) > 0 and not interrupted.is_set():
+                written += out.write(wanted.of(watch.poll(min(left, _STEP_S))))
+            written += out.write(wanted.of(watch.end()))
+            _say_counts(watch, written)
+    finally:
+        for table in tables:
+            table.close()
+
+
+def _say_what(watch: Watch, tables: list[Map]) -> None:
+    meant = ", ".join(map(repr, tables)) or "all maps, without keys and values,"
+    tell = f"Watching {meant} by {watch.mechanism}; the hooks do not see {watch.blind}."
+    if len(watch.unread) < len(tables):
+        tell += (
+            f" That is found by a reading every {watch.pull_s:g} s, with the interval in which it "
+            "happened; what comes and goes between two readings is invisible."
         )
+    _say(tell)
+    for id, why in watch.unread.items():
+        _say(f"Map {id} is not read ({why}): of it, what the hooks do not see is not found.")
 
 
-def _print(events: list[MapEvent], since_epoch_s: float) -> None:
-    for one in events:
-        moment = datetime.fromtimestamp(since_epoch_s + one.at_ns / 1e9)
-        value = "" if one.value is None else f" = {in_words(one.value)}"
-        print(f"{moment:%H:%M:%S.%f}  {one.what:6}  {in_words(one.key)}{value}")
-    sys.stdout.flush()
+def _say_counts(watch: Watch, written: int) -> None:
+    _say(
+        f"{watch.seen:,} changes were told by hooks, {watch.dropped:,} were dropped on "
+        f"their way, {watch.refused:,} were refused, and {watch.found:,} were found by reading."
+    )
+    if written < (all_of_them := watch.seen + watch.refused + watch.found):
+        _say(f"{written:,} of these {all_of_them:,} were asked for, and are shown.")
 
 
 def _say(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
-
-
-def in_words(item: Any) -> str:
-    """A key or value of any layout, short enough for a line: fields by name, raw bytes in hex."""
-    if getattr(item, "dtype", None) is not None and item.dtype.names:
-        return "{" + ", ".join(f"{name}: {in_words(item[name])}" for name in item.dtype.names) + "}"
-    if isinstance(item, np.ndarray):
-        return "[" + ", ".join(map(in_words, item)) + "]"
-    return item.tobytes().hex() if isinstance(item, np.void) else str(item)
 
 
 def _each(rows: npt.NDArray[Any]) -> list[bytes]:

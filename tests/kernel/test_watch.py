@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from labkit.errors import BadInput
 from labkit.inspect.watch import MapEvent, Watch, in_words
-from labkit.kernel import programs
+from labkit.kernel import libbpf, programs
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 
@@ -103,14 +104,17 @@ def test_in_the_end_all_that_was_told_is_handed_out(table: Map) -> None:
         assert (watch.seen, watch.dropped) == (5_000, 0)
 
 
-def test_a_per_cpu_map_is_watched_by_hooks_alone() -> None:
+def test_a_per_cpu_map_shows_the_slot_of_each_cpu() -> None:
     with (
         Map.create(MapKind.PERCPU_ARRAY, key="u4", value="u8", max_entries=4) as slots,
         Watch(slots, pull_s=PULL_S) as watch,
     ):
-        slots.update(3, 7)
+        expected = [10 + cpu for cpu in range(libbpf.possible_cpus())]
+        slots.update(3, expected)
         (one,) = collected(watch, 1)
-        assert (one.what, int(one.key), int(one.value)) == ("update", 3, 7)
+        assert (one.what, int(one.key)) == ("update", 3)
+        assert [int(slot) for slot in one.value] == expected
+        assert [int(slot) for slot in one.old] == [0] * len(expected)
 
 
 @pytest.mark.outside_vm("asks nothing of the kernel that differs between kernels")
@@ -170,7 +174,9 @@ def test_the_command_shows_lines_and_ends_by_ctrl_c(table: Map) -> None:
         line = process.stdout.readline()
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
-        assert re.fullmatch(r"\d\d:\d\d:\d\d\.\d{6}  update  80 = 443\n", line)
+        moment = r"\d\d:\d\d:\d\d\.\d{6}[+-]\d{4}"
+        who = rf"\S+\[{os.getpid()}\]"
+        assert re.fullmatch(rf"{moment}  update  80 = 443 \(new\)  by {who}\n", line), line
         assert "1 changes were told by hooks, 0 were dropped" in process.stderr.read()
 
 

@@ -1,0 +1,333 @@
+"""How the events of a watch are written: lines of text, JSON, a Parquet file; and which of them."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from labkit.errors import BadInput
+from labkit.kernel import libbpf
+from labkit.kernel.closing import Closing
+
+if TYPE_CHECKING:
+    from labkit.inspect.watch import MapEvent
+
+KINDS: Final = ("update", "delete", "refused", "found", "gone")
+"""What an event may be, for filters."""
+
+FORMATS: Final = ("btf", "hex", "ip", "text")
+"""How keys or values are shown: by the map's layout, as bytes, addresses, or text up to a NUL."""
+
+_GROUP: Final = 65_536  # rows that a Parquet file takes at once
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which events are written: those that meet all conditions.
+
+    Attributes
+    ----------
+    keys : frozenset of str
+        Keys as the layout shows them (``80``, ``{ip: 1, port: 2}``), or as ``0x`` and the hex
+        digits of their bytes; empty: any.
+    pids : frozenset of int
+        Processes; empty: any. What was found by reading has none.
+    kinds : frozenset of str
+        Of `KINDS`; empty: any.
+    """
+
+    keys: frozenset[str] = frozenset()
+    pids: frozenset[int] = frozenset()
+    kinds: frozenset[str] = frozenset()
+
+    def of(self, events: Iterable[MapEvent]) -> list[MapEvent]:
+        """Those of the events that are wanted."""
+        return [one for one in events if self._has(one)]
+
+    def _has(self, one: MapEvent) -> bool:
+        if self.kinds and _kind(one) not in self.kinds:
+            return False
+        if self.pids and (one.writer is None or one.writer.pid not in self.pids):
+            return False
+        if not self.keys:
+            return True
+        return in_words(one.key) in self.keys or f"0x{one.raw_key.hex()}" in self.keys
+
+
+@dataclass
+class Output(Closing):
+    """Where events go; a context manager.
+
+    Attributes
+    ----------
+    as_json : bool
+        One JSON object a line instead of text.
+    parquet : Path or None
+        A file that is written instead, whole or not at all, when the output is closed.
+    keys, values : str
+        Of `FORMATS`.
+    several : bool
+        Several maps are watched: each line names its map.
+
+    Raises
+    ------
+    BadInput
+        The file cannot be written.
+    """
+
+    as_json: bool = False
+    parquet: Path | None = None
+    keys: str = "btf"
+    values: str = "btf"
+    several: bool = False
+    _since_epoch_s: float = field(default_factory=lambda: time.time() - time.monotonic())
+    _names: dict[int, str] = field(default_factory=dict)
+    _file: _ParquetFile | None = None
+
+    def __post_init__(self) -> None:
+        """Open the file, so that what is wrong with it is said at the start."""
+        if self.parquet is not None:
+            self._file = _ParquetFile(self.parquet)
+
+    def write(self, events: list[MapEvent]) -> int:
+        """Write events; answers how many."""
+        if self._file is not None:
+            self._file.add([self._as_dict(one) for one in events])
+        elif self.as_json:
+            for one in events:
+                print(json.dumps(self._as_dict(one)))
+        else:
+            for one in events:
+                print(self._line(one))
+        if events:
+            sys.stdout.flush()
+        return len(events)
+
+    def close(self) -> None:
+        """Finish the file; safe to call twice."""
+        if self._file is not None:
+            self._file.close()
+
+    def _moment(self, at_ns: int) -> datetime:
+        return datetime.fromtimestamp(self._since_epoch_s + at_ns / 1e9).astimezone()
+
+    def _name(self, map_id: int) -> str:
+        if map_id not in self._names:
+            self._names[map_id] = _map_name(map_id)
+        return self._names[map_id]
+
+    def _line(self, one: MapEvent) -> str:
+        parts = [f"{self._moment(one.at_ns):%H:%M:%S.%f%z}"]
+        if self.several:
+            parts.append(f"{self._name(one.map_id)} id {one.map_id}")
+        parts.append(f"refused {one.what}" if one.error else f"{one.what:6}")
+        content = self._content(one)
+        if content:
+            parts.append(content)
+        if one.writer is not None:
+            parts.append(f"by {one.writer}")
+        if one.after_ns:
+            parts.append(f"after {self._moment(one.after_ns):%H:%M:%S.%f}")
+        return "  ".join(parts)
+
+    def _content(self, one: MapEvent) -> str:
+        words = [] if one.key is None else [self._key(one)]
+        if one.value is not None:
+            words.append(f"= {self._value(one)}")
+        if one.old is not None and not one.error:
+            words.append(f"(was {self._old(one)})")
+        elif one.is_new:
+            words.append("(new)")
+        text = " ".join(words)
+        return f"{text}: {one.error}" if one.error and text else text or one.error
+
+    def _key(self, one: MapEvent) -> str:
+        return shown_as(one.key, self.keys)
+
+    def _value(self, one: MapEvent) -> str:
+        return _slots(one.value, self.values, one.cpu)
+
+    def _old(self, one: MapEvent) -> str:
+        return _slots(one.old, self.values, None)
+
+    def _as_dict(self, one: MapEvent) -> dict[str, Any]:
+        """One event for scripts; names and units as in the line, times in ISO 8601."""
+        who = one.writer
+        show_key = plain if self.keys == "btf" else lambda item: shown_as(item, self.keys)
+        show_value = plain if self.values == "btf" else lambda item: shown_as(item, self.values)
+        return {
+            "time": self._moment(one.at_ns).isoformat(timespec="microseconds"),
+            "at_ns": one.at_ns,
+            "map_id": one.map_id,
+            "map": self._name(one.map_id),
+            "what": one.what,
+            "error": one.error or None,
+            "key": None if one.key is None else show_key(one.key),
+            "value": _each_cpu(one.value, show_value),
+            "old": _each_cpu(one.old, show_value),
+            "is_new": one.is_new,
+            "cpu": one.cpu,
+            "pid": who.pid if who else None,
+            "tid": who.tid if who else None,
+            "comm": who.comm if who else None,
+            "cgroup": who.cgroup if who else None,
+            "program_id": who.program_id or None if who else None,
+            "program": who.program or None if who else None,
+            "after_ns": one.after_ns or None,
+        }
+
+
+class _ParquetFile(Closing):
+    """A Parquet file that appears under its name when it is complete."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: list[dict[str, Any]] = []
+        self._writer: Any = None
+        try:
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        except OSError as error:
+            raise BadInput(f"{path} cannot be written: {error.strerror}.") from None
+        os.close(handle)
+        self._temporary = Path(name)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self._rows += rows
+        if len(self._rows) >= _GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._temporary, _schema(pa))
+        flat = [{**row, **_flat(row)} for row in self._rows]
+        self._writer.write_table(pa.Table.from_pylist(flat, schema=_schema(pa)))
+        self._rows = []
+
+    def close(self) -> None:
+        if not self._temporary.exists():
+            return
+        try:
+            self._flush()
+            self._writer.close()
+            self._temporary.chmod(0o644)
+            self._temporary.replace(self._path)
+        except OSError as error:
+            raise BadInput(f"{self._path} cannot be written: {error.strerror}.") from None
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Keys and values of any layout as JSON, times as times: what a column can hold."""
+    of_any_layout = {
+        name: None if row[name] is None else json.dumps(row[name])
+        for name in ("key", "value", "old")
+    }
+    return {**of_any_layout, "time": datetime.fromisoformat(row["time"])}
+
+
+def _schema(pa: Any) -> Any:
+    text, number = pa.string(), pa.int64()
+    return pa.schema(
+        [
+            ("time", pa.timestamp("us", tz="UTC")), ("at_ns", number), ("map_id", number),
+            ("map", text), ("what", text), ("error", text), ("key", text), ("value", text),
+            ("old", text), ("is_new", pa.bool_()), ("cpu", number), ("pid", number),
+            ("tid", number), ("comm", text), ("cgroup", pa.uint64()), ("program_id", number),
+            ("program", text), ("after_ns", number),
+        ]
+    )  # fmt: skip
+
+
+def in_words(item: Any) -> str:
+    """A key or value of any layout, short enough for a line: fields by name, raw bytes in hex.
+
+    An array of signed bytes is C's ``char[]``, and is shown as text where it is text.
+    """
+    if getattr(item, "dtype", None) is not None and item.dtype.names:
+        return "{" + ", ".join(f"{name}: {in_words(item[name])}" for name in item.dtype.names) + "}"
+    if isinstance(item, np.ndarray):
+        text = _text_of(item)
+        return "[" + ", ".join(map(in_words, item)) + "]" if text is None else text
+    return item.tobytes().hex() if isinstance(item, np.void) else str(item)
+
+
+def plain(item: Any) -> Any:
+    """A key or value of any layout as JSON has it: objects, lists, numbers, hex for raw bytes."""
+    if getattr(item, "dtype", None) is not None and item.dtype.names:
+        return {name: plain(item[name]) for name in item.dtype.names}
+    if isinstance(item, np.ndarray):
+        text = _text_of(item)
+        return list(map(plain, item)) if text is None else text
+    if isinstance(item, np.void):
+        return item.tobytes().hex()
+    return item.item() if isinstance(item, np.generic) else item
+
+
+def shown_as(item: Any, how: str) -> str:
+    """A key or value in one of `FORMATS`."""
+    if how == "btf":
+        return in_words(item)
+    if how == "ip" and getattr(item, "dtype", None) is not None and item.dtype.names:
+        shown = (f"{name}: {shown_as(item[name], how)}" for name in item.dtype.names)
+        return "{" + ", ".join(shown) + "}"
+    raw: bytes = item.tobytes()
+    if how == "text":
+        return libbpf.shown(raw.split(b"\0", 1)[0])
+    if how == "ip":
+        return str(ipaddress.ip_address(raw)) if len(raw) in (4, 16) else in_words(item)
+    return raw.hex(" ")
+
+
+def _text_of(item: np.ndarray[Any, Any]) -> str | None:
+    """Text up to the first NUL, where an array is ``char[]`` and holds some; else None."""
+    if item.ndim != 1 or item.dtype != np.int8:
+        return None
+    text, _, rest = item.tobytes().partition(b"\0")
+    if not text or rest.strip(b"\0") or not all(32 <= byte < 127 for byte in text):
+        return None
+    return json.dumps(text.decode())
+
+
+def _slots(item: Any, how: str, cpu: int | None) -> str:
+    """A value, or the values of all CPUs of a per-CPU map (as a tuple), each by its CPU."""
+    if cpu is not None:
+        return f"CPU {cpu}: {shown_as(item, how)}"
+    if not isinstance(item, tuple):
+        return shown_as(item, how)
+    return ", ".join(f"CPU {i}: {shown_as(one, how)}" for i, one in enumerate(item))
+
+
+def _each_cpu(item: Any, show: Callable[[Any], Any]) -> Any:
+    if item is None:
+        return None
+    return [show(one) for one in item] if isinstance(item, tuple) else show(item)
+
+
+def _kind(one: MapEvent) -> str:
+    return "refused" if one.error else one.what
+
+
+def _map_name(map_id: int) -> str:
+    try:
+        fd = libbpf.fd_by_id("map", map_id)
+    except OSError:
+        return "?"
+    try:
+        return libbpf.shown(libbpf.map_info(fd).name)
+    finally:
+        libbpf.close(fd)
