@@ -14,13 +14,22 @@ static inline u32 id_of(u64 map)
 	return id;
 }
 
+// What bpf(2) calls for a map of maps calls the function of a plain hash in turn.
+static inline bool holds_maps(u64 map)
+{
+	u32 type = 0;
+
+	bpf_probe_read_kernel(&type, sizeof(type), (void *)(map + MAP_TYPE_AT));
+	return type == BPF_MAP_TYPE_ARRAY_OF_MAPS || type == BPF_MAP_TYPE_HASH_OF_MAPS;
+}
+
 // (map, key, value, flags): one value, also for a per-CPU map, whose program writes its own CPU's
 int on_update(u64 *ctx)
 {
 	struct target of = {};
 	u32 id = id_of(ctx[0]);
 
-	if (watched(id, &of))
+	if (watched(id, &of) && !holds_maps(ctx[0]))
 		tell(ctx, &of, id, WATCH_UPDATE, OF_KERNEL, ctx[1], ctx[2], of.value_size,
 		     (s32)ctx[4]);
 	return 0;

@@ -427,12 +427,12 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("--parquet", type=Path, metavar="FILE",
                        help="write the events there instead, once the watch ends")  # fmt: skip
     watch.add_argument("--key", action="append", default=[], metavar="KEY",
-                       help="only this key: as it is shown, or 0x and its bytes; repeat for more")  # fmt: skip
+                       help="only this key, as it is shown, or 0x and its bytes")  # fmt: skip
     watch.add_argument("--pid", action="append", default=[], type=int, metavar="PID",
-                       help="only what this process asked for; repeat for more")  # fmt: skip
+                       help="only what this process asked for")  # fmt: skip
     watch.add_argument("--kind", action="append", default=[],
                        choices=("update", "delete", "refused", "found", "gone"),
-                       help="only events of this kind; repeat for more")  # fmt: skip
+                       help="only events of this kind")  # fmt: skip
     for what in ("keys", "values"):
         watch.add_argument(f"--{what}", default="btf", choices=("btf", "hex", "ip", "text"),
                            help=f"show {what} by the map's layout, or so")  # fmt: skip

@@ -101,19 +101,18 @@ class MapEvent:
 
 
 class _Followed:
-    """One map: what its readings showed, and what was told of it since."""
+    """One map: what was told and found of it, to be held against its readings."""
 
     def __init__(self, table: Map) -> None:
         self.table = table
         self.slots = libbpf.possible_cpus() if table.kind in PER_CPU else 1
         self.value_bytes = self.slots * table.value_size
         self.unread = self._why_unread()
-        self.known: dict[bytes, bytes] = {}
-        self.doubtful: set[bytes] = set()  # what one reading showed otherwise, and no event told
-        self.touched: set[bytes] = set()  # keys of which events told since the last reading
-        self.latest: dict[bytes, bytes] = {}  # as last told or found
-        self.loaded_ns = 0
-        self.readings_ns = [0, 0]  # when the last but one and the last began
+        self.latest: dict[bytes, bytes] = {}  # values by keys, as last told or found
+        self.touched: set[bytes] = set()  # keys of which events told since the reading began
+        self.doubtful: set[bytes] = set()  # of which the reading before showed something else
+        self.loaded_ns = 0  # when the first reading had ended
+        self.readings_ns = [0, 0, 0]  # when the last three began
 
     def _why_unread(self) -> str:
         table = self.table
@@ -130,18 +129,33 @@ class _Followed:
         if self.unread:
             return
         try:
-            self.known = self.read()
+            self.latest = self.read()
         except MapError as error:
             self.unread = str(error).removesuffix(".")
-            return
-        self.latest = dict(self.known)
         self.loaded_ns = time.monotonic_ns()
 
     def read(self) -> dict[bytes, bytes]:
         """The bytes of each value by those of its key, slots of CPUs one behind the other."""
-        self.readings_ns = [self.readings_ns[1], time.monotonic_ns()]
+        self.readings_ns = [*self.readings_ns[1:], time.monotonic_ns()]
+        self.touched = set()
         snapshot = self.table.snapshot()
         return dict(zip(_each(snapshot.keys), _each(snapshot.values), strict=True))
+
+    def found(self, now: dict[bytes, bytes], *, at_once: bool) -> dict[bytes, int]:
+        """Keys of which a reading shows what nobody told, with the reading that it came after.
+
+        All events from before the reading have been told by then. One whose hook had not run yet
+        comes later: so a second reading has to show it too, with no event of the key in between,
+        unless there will be none (``at_once``).
+        """
+        if now == self.latest:
+            self.doubtful = set()
+            return {}
+        other = {key for key, _ in now.items() ^ self.latest.items()} - self.touched
+        agreed = {key: self.readings_ns[0 if key in self.doubtful else 1] for key in other}
+        sure = other if at_once else other & self.doubtful
+        self.doubtful = other - sure
+        return {key: agreed[key] for key in sure}
 
     def key(self, raw: bytes) -> Any:
         return np.frombuffer(raw, self.table.key_dtype)[0] if raw else None
@@ -169,13 +183,19 @@ class _Followed:
             return None, False  # the first reading may show it already
         return old, old is None and not self.unread
 
-    def told(self, key: bytes, value: bytes | None) -> None:
-        """An event told that a key has this value now, or that it is gone."""
-        self.touched.add(key)
-        if value is not None:
+    def told(self, at_ns: int, key: bytes, value: bytes | None, cpu: int | None) -> None:
+        """An event told that a key has this value now, on one CPU or all, or that it is gone."""
+        self.doubtful.discard(key)
+        if at_ns >= self.readings_ns[-1]:
+            self.touched.add(key)
+        if value is None:
+            self.latest.pop(key, None)
+        elif cpu is None:
             self.latest[key] = value
         else:
-            self.latest.pop(key, None)
+            slots = bytearray(self.latest.get(key, bytes(self.value_bytes)))
+            slots[cpu * len(value) : (cpu + 1) * len(value)] = value
+            self.latest[key] = bytes(slots)
 
 
 class Watch(Closing):
@@ -289,19 +309,16 @@ class Watch(Closing):
         if self._ended:
             return []
         self._ended = True
-        news = self._take()
-        last = [(one, one.touched, one.read()) for one in self._readable]
-        for one, _, _ in last:
-            one.touched = set()
+        last = [(one, one.read()) for one in self._readable]
         at_ns = time.monotonic_ns()
         self._hooks.detach()
+        news: list[MapEvent] = []
         deadline = time.monotonic() + _LAST_S
         # A hook that ran at that moment may still be on its way to the ring.
         while self.seen + self.refused < self._hooks.counts()[0] and time.monotonic() < deadline:
             news += self._take()
-        for one, before, now in last:
-            one.doubtful = now.keys() | one.known.keys()
-            news += self._found(one, before, now, at_ns)
+        for one, now in last:
+            news += self._found(one, now, at_ns, at_once=True)
         return news
 
     def close(self) -> None:
@@ -335,10 +352,13 @@ class Watch(Closing):
         value = None
         if event["value_size"] and not lacks & watch_hooks.LACKS_VALUE:
             value = one.packed(event["value"].tobytes()[: int(event["value_size"])])
-        old, is_new = one.before(key, at_ns)
+        if error and one.table.kind in watch_hooks.HOLD_OBJECTS:
+            value = None  # a descriptor that means nothing
+        old, is_new = one.before(key, at_ns) if key else (None, False)
         partial = value is not None and len(value) < one.value_bytes
-        if not error:
-            one.told(key, None if what == "delete" or partial else value)
+        if not error and key:
+            slot = int(event["cpu"]) if partial else None
+            one.told(at_ns, key, None if what == "delete" else value, slot)
         taken = what == "delete" and value is not None
         return MapEvent(
             at_ns,
@@ -358,53 +378,44 @@ class Watch(Closing):
 
     def _pull(self) -> list[MapEvent]:
         """Read the maps; what two readings in a row show, and no event told since, is news."""
-        begun, news = time.monotonic(), []
+        begun = time.monotonic()
+        news: list[MapEvent] = []
         for one in self._readable:
-            before, one.touched = one.touched, set()
             now, at_ns = one.read(), time.monotonic_ns()
-            news += self._take()  # of what the reading shows already, or of what came after it
-            news += self._found(one, before, now, at_ns)
+            while some := self._take():  # of what the reading shows already
+                news += some
+                if some[-1].at_ns > at_ns:
+                    break
+            news += self._found(one, now, at_ns, at_once=False)
         ended = time.monotonic()
         self._next_pull = ended + max(self.pull_s, ended - begun)
         return news
 
     def _found(
-        self, one: _Followed, before: set[bytes], now: dict[bytes, bytes], at_ns: int
+        self, one: _Followed, now: dict[bytes, bytes], at_ns: int, *, at_once: bool
     ) -> list[MapEvent]:
-        known, doubtful, news = dict(now), set(), []
-        for key in now.keys() | one.known.keys():
-            value = now.get(key)
-            if value == one.known.get(key) or key in before or key in one.touched:
-                continue
-            if key in one.doubtful:
-                news.append(self._event(one, at_ns, key, value))
-                continue
-            doubtful.add(key)
-            if key in one.known:
-                known[key] = one.known[key]
+        news = []
+        for key, after_ns in one.found(now, at_once=at_once).items():
+            value, old = now.get(key), one.latest.get(key)
+            if value is None:
+                del one.latest[key]
             else:
-                del known[key]
-        one.known, one.doubtful = known, doubtful
+                one.latest[key] = value
+            news.append(
+                MapEvent(
+                    at_ns,
+                    "gone" if value is None else "found",
+                    one.key(key),
+                    one.value(value),
+                    one.table.id,
+                    old=one.value(old),
+                    is_new=old is None,
+                    after_ns=after_ns,
+                    raw_key=key,
+                )
+            )
         self.found += len(news)
         return news
-
-    def _event(self, one: _Followed, at_ns: int, key: bytes, value: bytes | None) -> MapEvent:
-        old = one.latest.get(key)
-        if value is None:
-            one.latest.pop(key, None)
-        else:
-            one.latest[key] = value
-        return MapEvent(
-            at_ns,
-            "gone" if value is None else "found",
-            one.key(key),
-            one.value(value),
-            one.table.id,
-            old=one.value(old),
-            is_new=old is None,
-            after_ns=one.readings_ns[0],
-            raw_key=key,
-        )
 
 
 def show(

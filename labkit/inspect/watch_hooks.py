@@ -39,8 +39,8 @@ TARGET: Final = np.dtype(
 )
 """``struct target`` of bpf/watch_event.h: how the elements of one watched map are laid out."""
 
-HOLDS_PROGRAMS: Final = {MapKind.PROG_ARRAY}
-"""Maps whose elements are programs: given as descriptors, and read as ids."""
+HOLD_OBJECTS: Final = {MapKind.PROG_ARRAY, *OF_MAPS}
+"""Maps whose elements are programs or maps: given as descriptors, and read as ids."""
 
 UNTOLD_KINDS: Final = {
     MapKind.RINGBUF, MapKind.USER_RINGBUF, MapKind.ARENA, MapKind.STRUCT_OPS,
@@ -218,7 +218,7 @@ class WatchHooks(Closing):
             )
         )
         for table in tables:
-            content = 1 if table.kind in OF_MAPS else 2 if table.kind in HOLDS_PROGRAMS else 0
+            content = 1 if table.kind in OF_MAPS else 2 if table.kind in HOLD_OBJECTS else 0
             sizes = (table.key_size, table.value_size, call_value_size(table))
             made.update(table.id, (*sizes, content))
         return made
@@ -239,7 +239,14 @@ class WatchHooks(Closing):
             raise Unavailable(f"This kernel refuses the hook on bpf(2): {error}") from error
 
     def _hook_functions(self, constants: dict[str, int], kinds: set[MapKind]) -> None:
-        unit = self._open.enter_context(programs.load("watch_functions", **constants, WITH_STACK=1))
+        unit = self._open.enter_context(
+            programs.load(
+                "watch_functions",
+                **constants,
+                MAP_TYPE_AT=member_offset("bpf_map", "map_type"),
+                WITH_STACK=1,
+            )
+        )
         wanted = {name: to for kind in kinds for name, to in FUNCTIONS[kind].items()}
         for name, program in wanted.items():
             try:

@@ -150,7 +150,7 @@ class Output(Closing):
         elif one.is_new:
             words.append("(new)")
         text = " ".join(words)
-        return f"{text}: {one.error}" if one.error and text else text or one.error
+        return f"{text}: {one.error}" if one.error else text
 
     def _key(self, one: MapEvent) -> str:
         return shown_as(one.key, self.keys)
