@@ -501,7 +501,7 @@ def _say_counts(watch: Watch, written: int) -> None:
         f"their way, {watch.refused:,} were refused, and {watch.found:,} were found by reading."
     )
     if written < (all_of_them := watch.seen + watch.refused + watch.found):
-        _say(f"{written:,} of these {all_of_them:,} were asked for, and are shown.")
+        _say(f"{written:,} of these {all_of_them:,} met the filters.")
 
 
 def _say(words: str) -> None:

@@ -6,7 +6,6 @@ import ipaddress
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -119,6 +118,12 @@ class Output(Closing):
         if self._file is not None:
             self._file.close()
 
+    def __exit__(self, *error: object) -> None:
+        """Finish the file, or leave none where an error ends the watch."""
+        if self._file is not None and isinstance(error[1], Exception):
+            self._file.discard()
+        self.close()
+
     def _moment(self, at_ns: int) -> datetime:
         return datetime.fromtimestamp(self._since_epoch_s + at_ns / 1e9).astimezone()
 
@@ -150,7 +155,7 @@ class Output(Closing):
         elif one.is_new:
             words.append("(new)")
         text = " ".join(words)
-        return f"{text}: {one.error}" if one.error else text
+        return f"{text}: {one.error}" if one.error and text else text or one.error
 
     def _key(self, one: MapEvent) -> str:
         return shown_as(one.key, self.keys)
@@ -189,18 +194,16 @@ class Output(Closing):
 
 
 class _ParquetFile(Closing):
-    """A Parquet file that appears under its name when it is complete."""
+    """A Parquet file that has no name until it is complete: nothing is left of half of one."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._rows: list[dict[str, Any]] = []
         self._writer: Any = None
         try:
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            self._fd = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o644)
         except OSError as error:
-            raise BadInput(f"{path} cannot be written: {error.strerror}.") from None
-        os.close(handle)
-        self._temporary = Path(name)
+            raise self._unwritable(error) from None
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         self._rows += rows
@@ -212,23 +215,35 @@ class _ParquetFile(Closing):
         import pyarrow.parquet as pq
 
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._temporary, _schema(pa))
-        flat = [{**row, **_flat(row)} for row in self._rows]
-        self._writer.write_table(pa.Table.from_pylist(flat, schema=_schema(pa)))
-        self._rows = []
+            sink = pa.PythonFile(os.fdopen(os.dup(self._fd), "wb"), mode="w")
+            self._writer = pq.ParquetWriter(sink, _schema(pa))
+        rows, self._rows = [{**row, **_flat(row)} for row in self._rows], []
+        self._writer.write_table(pa.Table.from_pylist(rows, schema=_schema(pa)))
 
     def close(self) -> None:
-        if not self._temporary.exists():
+        """Finish the file and give it its name; safe to call twice."""
+        if self._fd < 0:
             return
+        named = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
             self._flush()
             self._writer.close()
-            self._temporary.chmod(0o644)
-            self._temporary.replace(self._path)
+            # With a descriptor, which an absolute path ignores, this is linkat, which follows.
+            os.link(f"/proc/self/fd/{self._fd}", named, src_dir_fd=self._fd)
+            named.replace(self._path)
         except OSError as error:
-            raise BadInput(f"{self._path} cannot be written: {error.strerror}.") from None
+            raise self._unwritable(error) from None
         finally:
-            self._temporary.unlink(missing_ok=True)
+            self.discard()
+
+    def discard(self) -> None:
+        """Let what was written so far go."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _unwritable(self, error: OSError) -> BadInput:
+        return BadInput(f"{self._path} cannot be written: {error.strerror}.")
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
