@@ -14,8 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +36,8 @@ __all__ = ["MapEvent", "Watch", "in_words", "show"]
 
 _RING_BYTES: Final = 1 << 23
 _BATCH: Final = 8_192  # events that are taken from the ring at once
-_LAST_S: Final = 5.0  # to read what the ring holds in the end
+_LAST_S: Final = 5.0  # to wait in the end for an event that was counted and is not there yet
+_PAYLOAD: Final = ("key", "value")
 _STEP_S: Final = 0.2
 _MOST_BYTES: Final = 64 << 20  # a larger map is not read whole every so often
 _MOST_INNER: Final = 256  # before Linux 6.8 each read of such an element waits for RCU
@@ -54,8 +54,7 @@ _BLIND: Final = {
 _NEVER: Final = math.inf
 
 
-@dataclass(frozen=True)
-class MapEvent:
+class MapEvent(NamedTuple):
     """One change that was asked for or found.
 
     Attributes
@@ -316,7 +315,9 @@ class Watch(Closing):
         deadline = time.monotonic() + _LAST_S
         # A hook that ran at that moment may still be on its way to the ring.
         while self.seen + self.refused < self._hooks.counts()[0] and time.monotonic() < deadline:
-            news += self._take()
+            if some := self._take():
+                news += some
+                deadline = time.monotonic() + _LAST_S
         for one, now in last:
             news += self._found(one, now, at_ns, at_once=True)
         return news
@@ -332,13 +333,29 @@ class Watch(Closing):
     def _take(self) -> list[MapEvent]:
         """What the ring holds now, one batch at the most."""
         assert self._reader is not None
-        return [self._told(event) for event in self._reader.read()]
+        events = self._reader.read()
+        names = ("at_ns", "map_id", "result", "value_size", "cpu", "kind", "lacks")
+        columns = [events[name].tolist() for name in names]
+        told = events.dtype.names or ()
+        payload = [_each(events[n]) if n in told else [b""] * len(events) for n in _PAYLOAD]
+        writers = self._programs.writers(events)
+        return [self._told(*row) for row in zip(*columns, *payload, writers, strict=True)]
 
-    def _told(self, event: np.void) -> MapEvent:
-        at_ns, map_id, result = int(event["at_ns"]), int(event["map_id"]), int(event["result"])
-        what = "update" if event["kind"] == watch_hooks.UPDATE else "delete"
+    def _told(
+        self,
+        at_ns: int,
+        map_id: int,
+        result: int,
+        value_size: int,
+        cpu: int,
+        kind: int,
+        lacks: int,
+        key: bytes,
+        raw: bytes,
+        writer: Writer,
+    ) -> MapEvent:
+        what = "update" if kind == watch_hooks.UPDATE else "delete"
         error = libbpf.error_name(-result) if result else ""
-        writer = self._programs.writer(event)
         if error:
             self.refused += 1
         else:
@@ -346,19 +363,16 @@ class Watch(Closing):
         one = self._followed.get(map_id)
         if one is None:
             return MapEvent(at_ns, what, None, None, map_id, error, writer=writer)
-        lacks = int(event["lacks"])
-        readable = one.table.key_size and not lacks & watch_hooks.LACKS_KEY
-        key = event["key"].tobytes()[: one.table.key_size] if readable else b""
+        key = b"" if lacks & watch_hooks.LACKS_KEY else key[: one.table.key_size]
         value = None
-        if event["value_size"] and not lacks & watch_hooks.LACKS_VALUE:
-            value = one.packed(event["value"].tobytes()[: int(event["value_size"])])
+        if value_size and not lacks & watch_hooks.LACKS_VALUE:
+            value = one.packed(raw[:value_size])
         if error and one.table.kind in watch_hooks.HOLD_OBJECTS:
             value = None  # a descriptor that means nothing
         old, is_new = one.before(key, at_ns) if key else (None, False)
         partial = value is not None and len(value) < one.value_bytes
         if not error and key:
-            slot = int(event["cpu"]) if partial else None
-            one.told(at_ns, key, None if what == "delete" else value, slot)
+            one.told(at_ns, key, None if what == "delete" else value, cpu if partial else None)
         taken = what == "delete" and value is not None
         return MapEvent(
             at_ns,
@@ -370,7 +384,7 @@ class Watch(Closing):
             old=one.value(value if taken else None if partial else old),
             is_new=is_new and what == "update" and not error and not partial,
             writer=writer,
-            cpu=int(event["cpu"]) if partial else None,
+            cpu=cpu if partial else None,
             raw_key=key,
         )
 

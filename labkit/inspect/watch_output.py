@@ -90,8 +90,9 @@ class Output(Closing):
     keys: str = "btf"
     values: str = "btf"
     several: bool = False
-    _since_epoch_s: float = field(default_factory=lambda: time.time() - time.monotonic())
+    _since_epoch_ns: int = field(default_factory=lambda: time.time_ns() - time.monotonic_ns())
     _names: dict[int, str] = field(default_factory=dict)
+    _second: tuple[int, str, str] = (-1, "", "")
     _file: _ParquetFile | None = None
 
     def __post_init__(self) -> None:
@@ -102,7 +103,9 @@ class Output(Closing):
     def write(self, events: list[MapEvent]) -> int:
         """Write events; answers how many."""
         if self._file is not None:
-            self._file.add([self._as_dict(one) for one in events])
+            self._file.add(
+                [{**self._as_dict(one), "time": self._micros(one.at_ns)} for one in events]
+            )
         elif self.as_json:
             for one in events:
                 print(json.dumps(self._as_dict(one)))
@@ -124,8 +127,19 @@ class Output(Closing):
             self._file.discard()
         self.close()
 
-    def _moment(self, at_ns: int) -> datetime:
-        return datetime.fromtimestamp(self._since_epoch_s + at_ns / 1e9).astimezone()
+    def _moment(self, at_ns: int) -> str:
+        """The local time with its zone by ISO 8601; what stays the same in a second is kept."""
+        second, micros = divmod(self._micros(at_ns), 1_000_000)
+        if second != self._second[0]:
+            whole = datetime.fromtimestamp(second).astimezone().isoformat()
+            self._second = (second, whole[:19], whole[19:])
+        return f"{self._second[1]}.{micros:06d}{self._second[2]}"
+
+    def _micros(self, at_ns: int) -> int:
+        return (self._since_epoch_ns + at_ns) // 1_000
+
+    def _clock(self, at_ns: int) -> str:
+        return self._moment(at_ns).partition("T")[2]
 
     def _name(self, map_id: int) -> str:
         if map_id not in self._names:
@@ -133,7 +147,7 @@ class Output(Closing):
         return self._names[map_id]
 
     def _line(self, one: MapEvent) -> str:
-        parts = [f"{self._moment(one.at_ns):%H:%M:%S.%f%z}"]
+        parts = [self._clock(one.at_ns)]
         if self.several:
             parts.append(f"{self._name(one.map_id)} id {one.map_id}")
         parts.append(f"refused {one.what}" if one.error else f"{one.what:6}")
@@ -143,7 +157,7 @@ class Output(Closing):
         if one.writer is not None:
             parts.append(f"by {one.writer}")
         if one.after_ns:
-            parts.append(f"after {self._moment(one.after_ns):%H:%M:%S.%f}")
+            parts.append(f"after {self._clock(one.after_ns)}")
         return "  ".join(parts)
 
     def _content(self, one: MapEvent) -> str:
@@ -172,7 +186,7 @@ class Output(Closing):
         show_key = plain if self.keys == "btf" else lambda item: shown_as(item, self.keys)
         show_value = plain if self.values == "btf" else lambda item: shown_as(item, self.values)
         return {
-            "time": self._moment(one.at_ns).isoformat(timespec="microseconds"),
+            "time": self._moment(one.at_ns),
             "at_ns": one.at_ns,
             "map_id": one.map_id,
             "map": self._name(one.map_id),
@@ -201,9 +215,10 @@ class _ParquetFile(Closing):
         self._rows: list[dict[str, Any]] = []
         self._writer: Any = None
         try:
-            self._fd = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o644)
+            fd = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o644)
         except OSError as error:
             raise self._unwritable(error) from None
+        self._file = os.fdopen(fd, "wb")
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         self._rows += rows
@@ -215,21 +230,24 @@ class _ParquetFile(Closing):
         import pyarrow.parquet as pq
 
         if self._writer is None:
-            sink = pa.PythonFile(os.fdopen(os.dup(self._fd), "wb"), mode="w")
-            self._writer = pq.ParquetWriter(sink, _schema(pa))
-        rows, self._rows = [{**row, **_flat(row)} for row in self._rows], []
-        self._writer.write_table(pa.Table.from_pylist(rows, schema=_schema(pa)))
+            self._writer = pq.ParquetWriter(self._file, _schema(pa))
+        rows, self._rows = self._rows, []
+        schema = _schema(pa)
+        columns = {name: _column(rows, name) for name in schema.names}
+        self._writer.write_table(pa.table(columns, schema=schema))
 
     def close(self) -> None:
         """Finish the file and give it its name; safe to call twice."""
-        if self._fd < 0:
+        if self._file.closed:
             return
         named = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
             self._flush()
             self._writer.close()
+            self._file.flush()
             # With a descriptor, which an absolute path ignores, this is linkat, which follows.
-            os.link(f"/proc/self/fd/{self._fd}", named, src_dir_fd=self._fd)
+            fd = self._file.fileno()
+            os.link(f"/proc/self/fd/{fd}", named, src_dir_fd=fd)
             named.replace(self._path)
         except OSError as error:
             raise self._unwritable(error) from None
@@ -238,21 +256,18 @@ class _ParquetFile(Closing):
 
     def discard(self) -> None:
         """Let what was written so far go."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._file.close()
 
     def _unwritable(self, error: OSError) -> BadInput:
         return BadInput(f"{self._path} cannot be written: {error.strerror}.")
 
 
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """Keys and values of any layout as JSON, times as times: what a column can hold."""
-    of_any_layout = {
-        name: None if row[name] is None else json.dumps(row[name])
-        for name in ("key", "value", "old")
-    }
-    return {**of_any_layout, "time": datetime.fromisoformat(row["time"])}
+def _column(rows: list[dict[str, Any]], name: str) -> list[Any]:
+    """A column of a Parquet file: keys and values, which are of any layout, stand in it as JSON."""
+    column = [row[name] for row in rows]
+    if name not in ("key", "value", "old"):
+        return column
+    return [None if one is None else json.dumps(one) for one in column]
 
 
 def _schema(pa: Any) -> Any:
@@ -273,6 +288,8 @@ def in_words(item: Any) -> str:
 
     An array of signed bytes is C's ``char[]``, and is shown as text where it is text.
     """
+    if isinstance(item, np.integer):
+        return str(item)
     if getattr(item, "dtype", None) is not None and item.dtype.names:
         return "{" + ", ".join(f"{name}: {in_words(item[name])}" for name in item.dtype.names) + "}"
     if isinstance(item, np.ndarray):

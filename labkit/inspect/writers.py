@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from labkit.kernel import libbpf
 
-_AGAIN_S: Final = 1.0  # at least so long from one look at the machine's programs to the next
+_AGAIN_S: Final = 1.0  # from one look at the machine's programs to the next, while events come
+_MOST_KNOWN: Final = 4_096
 
 
 @dataclass(frozen=True)
@@ -63,30 +65,42 @@ class Programs:
         self._own = frozenset(own)
         self._starts: list[int] = []
         self._ranges: list[tuple[int, int, str]] = []  # end, id and name, as `_starts`
-        self._unknown: set[int] = set()  # addresses that belong to no program, as we looked
+        self._looked_for: set[int] = set()  # addresses, the kernel's own among them
         self._looked = -_AGAIN_S
-        self._comms: dict[bytes, str] = {}
+        self._writers: dict[tuple[int, int, int, bytes, tuple[int, ...]], Writer] = {}
 
-    def writer(self, event: np.void) -> Writer:
-        """Who is behind an event of `labkit.inspect.watch_hooks.event_dtype`."""
-        raw = event["comm"].tobytes()
-        comm = self._comms.get(raw)
-        if comm is None:
-            comm = self._comms[raw] = libbpf.shown(raw.split(b"\0", 1)[0])
-        frames = event["frames"].tolist() if "frames" in (event.dtype.names or ()) else []
-        program_id, program = self._of(frames)
-        who = (int(event["pid"]), int(event["tid"]), comm, int(event["cgroup"]))
-        return Writer(*who, program_id, program)
+    def writers(self, events: npt.NDArray[np.void]) -> list[Writer]:
+        """Who is behind each event of `labkit.inspect.watch_hooks.event_dtype`."""
+        count = len(events)
+        raw = events["comm"].tobytes()
+        comms = [raw[at : at + 16] for at in range(0, len(raw), 16)]
+        frames: list[tuple[int, ...]] = [()] * count
+        if "frames" in (events.dtype.names or ()):
+            frames = list(map(tuple, events["frames"].tolist()))
+            if time.monotonic() >= self._looked + _AGAIN_S:
+                self._look()  # an address may be another program's by now
+        columns = [events[name].tolist() for name in ("pid", "tid", "cgroup")]
+        return [self._writer(row) for row in zip(*columns, comms, frames, strict=True)]
 
-    def _of(self, frames: list[int]) -> tuple[int, str]:
+    def _writer(self, row: tuple[int, int, int, bytes, tuple[int, ...]]) -> Writer:
+        known = self._writers.get(row)
+        if known is None:
+            pid, tid, cgroup, comm, frames = row
+            name = libbpf.shown(comm.split(b"\0", 1)[0])
+            known = Writer(pid, tid, name, cgroup, *self._of(frames))
+            if len(self._writers) >= _MOST_KNOWN:
+                self._writers.clear()
+            self._writers[row] = known
+        return known
+
+    def _of(self, frames: tuple[int, ...]) -> tuple[int, str]:
         """The innermost program of a stack that is none of ours; (0, "") where there is none."""
         for address in filter(None, frames):
             found = self._at(address)
-            due = time.monotonic() >= self._looked + _AGAIN_S
-            if found is None and due and address not in self._unknown:
+            if found is None and address not in self._looked_for:
                 self._look()
-                if (found := self._at(address)) is None:
-                    self._unknown.add(address)
+                self._looked_for.add(address)
+                found = self._at(address)
             if found is not None and found[0] not in self._own:
                 return found
         return 0, ""
@@ -100,7 +114,7 @@ class Programs:
 
     def _look(self) -> None:
         self._looked = time.monotonic()
-        self._unknown.clear()
+        self._writers.clear()
         found: list[tuple[int, tuple[int, int, str]]] = []
         for identifier in libbpf.ids("prog"):
             try:
