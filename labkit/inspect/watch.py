@@ -43,9 +43,13 @@ _MOST_BYTES: Final = 64 << 20  # a larger map is not read whole every so often
 _MOST_INNER: Final = 256  # before Linux 6.8 each read of such an element waits for RCU
 _READABLE: Final = {
     MapKind.HASH, MapKind.ARRAY, MapKind.LRU_HASH, MapKind.LPM_TRIE, MapKind.PROG_ARRAY,
-    MapKind.DEVMAP, MapKind.DEVMAP_HASH, *PER_CPU, *OF_MAPS,
+    MapKind.DEVMAP, MapKind.DEVMAP_HASH, MapKind.CPUMAP, MapKind.SOCKMAP, MapKind.SOCKHASH,
+    *PER_CPU, *OF_MAPS,
 }  # fmt: skip
 _FEW_ENTRIES: Final = {MapKind.PROG_ARRAY, *OF_MAPS}
+_READ_OTHERWISE: Final = {  # what is read is not what was written: descriptors become ids, cookies
+    *watch_hooks.HOLD_SOCKETS, MapKind.DEVMAP, MapKind.DEVMAP_HASH, MapKind.CPUMAP,
+}  # fmt: skip
 _BLIND: Final = {
     "functions": "stores through a pointer that a program looked up, stores through a mapping, "
     "what an LRU map evicts, and calls that are refused before they reach the map (EPERM, EFAULT)",
@@ -110,6 +114,7 @@ class _Followed:
         self.latest: dict[bytes, bytes] = {}  # values by keys, as last told or found
         self.touched: set[bytes] = set()  # keys of which events told since the reading began
         self.doubtful: set[bytes] = set()  # of which the reading before showed something else
+        self.pending: set[bytes] = set()  # told, but how it is read only a reading shows
         self.loaded_ns = 0  # when the first reading had ended
         self.readings_ns = [0, 0, 0]  # when the last three began
 
@@ -147,6 +152,10 @@ class _Followed:
         comes later: so a second reading has to show it too, with no event of the key in between,
         unless there will be none (``at_once``).
         """
+        for key in self.pending - self.touched:
+            if key in now:
+                self.latest[key] = now[key]
+        self.pending &= self.touched
         if now == self.latest:
             self.doubtful = set()
             return {}
@@ -187,8 +196,12 @@ class _Followed:
         self.doubtful.discard(key)
         if at_ns >= self.readings_ns[-1]:
             self.touched.add(key)
+        self.pending.discard(key)
         if value is None:
             self.latest.pop(key, None)
+        elif self.table.kind in _READ_OTHERWISE:
+            self.latest[key] = value
+            self.pending.add(key)
         elif cpu is None:
             self.latest[key] = value
         else:
@@ -222,6 +235,8 @@ class Watch(Closing):
         Changes told by hooks so far; those that the kernel refused; those found by reading.
     unread : dict of int to str
         Maps that are not read, with the reason.
+    unhooked : tuple of str
+        Functions of these kinds of maps that this kernel does not have, or does not let be hooked.
 
     Raises
     ------
@@ -251,6 +266,7 @@ class Watch(Closing):
         self.mechanism = self._hooks.mechanism
         self.blind = _BLIND[self.mechanism]
         self.unread = {id: one.unread for id, one in self._followed.items() if one.unread}
+        self.unhooked = tuple(self._hooks.refused)
         self._next_pull = time.monotonic() + pull_s if self._readable else _NEVER
 
     @property
@@ -368,7 +384,8 @@ class Watch(Closing):
         if value_size and not lacks & watch_hooks.LACKS_VALUE:
             value = one.packed(raw[:value_size])
         if error and one.table.kind in watch_hooks.HOLD_OBJECTS:
-            value = None  # a descriptor that means nothing
+            value = None  # a descriptor of nothing
+        shown = None if one.table.kind in watch_hooks.HOLD_SOCKETS else value
         old, is_new = one.before(key, at_ns) if key else (None, False)
         partial = value is not None and len(value) < one.value_bytes
         if not error and key:
@@ -378,7 +395,7 @@ class Watch(Closing):
             at_ns,
             what,
             one.key(key),
-            None if taken else one.value(value),
+            None if taken else one.value(shown),
             map_id,
             error,
             old=one.value(value if taken else None if partial else old),
@@ -505,6 +522,8 @@ def _say_what(watch: Watch, tables: list[Map]) -> None:
             "happened; what comes and goes between two readings is invisible."
         )
     _say(tell)
+    if watch.unhooked:
+        _say(f"Nor is seen what passes {', '.join(watch.unhooked)}: they could not be hooked.")
     for id, why in watch.unread.items():
         _say(f"Map {id} is not read ({why}): of it, what the hooks do not see is not found.")
 

@@ -42,6 +42,9 @@ TARGET: Final = np.dtype(
 HOLD_OBJECTS: Final = {MapKind.PROG_ARRAY, *OF_MAPS}
 """Maps whose elements are programs or maps: given as descriptors, and read as ids."""
 
+HOLD_SOCKETS: Final = {MapKind.SOCKMAP, MapKind.SOCKHASH}
+"""Maps whose elements are sockets: given as descriptors, and read as cookies."""
+
 UNTOLD_KINDS: Final = {
     MapKind.RINGBUF, MapKind.USER_RINGBUF, MapKind.ARENA, MapKind.STRUCT_OPS,
 }  # fmt: skip

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -357,6 +358,21 @@ def test_a_queue_has_no_keys() -> None:
             ]  # fmt: skip
 
 
+def test_a_socket_that_goes_is_found_to_be_gone() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as client,
+        Map.create(MapKind.SOCKMAP, key="u4", value="u8", max_entries=2) as sockets,
+        Watch(sockets, pull_s=PULL_S) as watch,
+    ):
+        sockets.update(1, client.fileno())
+        (told,) = collected(watch, 1)  # and the socket's cookie, which is read, is no other change
+        assert (told.what, told.key, told.value) == ("update", 1, None)
+        client.close()
+        (gone,) = collected(watch, 1)
+        assert (gone.what, gone.key, watch.found) == ("gone", 1, 1)
+
+
 def test_several_maps_of_different_layouts_are_watched_at_once(table: Map) -> None:
     layout = np.dtype([("a", "u8"), ("b", "u8"), ("c", "u4"), ("d", "u4")])
     with (
@@ -460,6 +476,42 @@ def test_the_command_shows_lines_and_ends_by_ctrl_c(table: Map) -> None:
         who = rf"\S+\[{os.getpid()}\]"
         assert re.fullmatch(rf"{moment}  update  80 = 443 \(new\)  by {who}\n", line), line
         assert "1 changes were told by hooks, 0 were dropped" in process.stderr.read()
+
+
+@pytest.mark.outside_vm("starts the command anew, and asks nothing else of the kernel")
+def test_the_command_writes_what_is_asked_for(table: Map, tmp_path: Path) -> None:
+    path = tmp_path / "events.parquet"
+    ask = [sys.executable, "-m", "labkit", "watch"]
+
+    def watched(*more: str) -> tuple[str, str]:
+        with subprocess.Popen(
+            [*ask, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            assert "Watching" in process.stderr.readline()
+            for value in range(3):
+                table.update(1, value)
+                table.update(2, value)
+            process.send_signal(signal.SIGINT)
+            shown, said = process.communicate(timeout=60)
+            assert process.returncode == 0
+        return shown, said
+
+    shown, said = watched(str(table.id), "--json", "--key", "2")
+    assert [json.loads(line)["value"] for line in shown.splitlines()] == [0, 1, 2]
+    assert "6 changes were told" in said and "3 of these 6 met the filters" in said
+    shown, said = watched("--all", "--kind", "update", "--pid", str(os.getpid()))
+    assert shown.count(f"watched id {table.id}  update  by ") == len(shown.splitlines()) == 6
+    assert watched(str(table.id), "--parquet", str(path))[0] == ""
+    assert path.stat().st_size > 0
+    for wrong in (
+        [],
+        ["--all", "1"],
+        ["1", "--program", "1"],
+        [str(table.id), "--parquet", "/x/y"],
+    ):
+        done = subprocess.run([*ask, *wrong], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
 def test_items_of_any_layout_are_words() -> None:
