@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from labkit.errors import BadInput
+from labkit.errors import BadInput, LabError
 from labkit.kernel import libbpf
 from labkit.kernel.closing import Closing
 
@@ -214,16 +216,21 @@ class _ParquetFile(Closing):
         self._path = path
         self._rows: list[dict[str, Any]] = []
         self._writer: Any = None
+        if path.is_dir():
+            raise BadInput(f"{path} is a folder: name a file in it.")
         try:
             fd = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o644)
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise BadInput(self._refusal(error)) from None
         self._file = os.fdopen(fd, "wb")
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         self._rows += rows
         if len(self._rows) >= _GROUP:
-            self._flush()
+            try:
+                self._flush()
+            except OSError as error:
+                raise LabError(self._refusal(error)) from None
 
     def _flush(self) -> None:
         import pyarrow as pa
@@ -247,19 +254,24 @@ class _ParquetFile(Closing):
             self._file.flush()
             # With a descriptor, which an absolute path ignores, this is linkat, which follows.
             fd = self._file.fileno()
+            named.unlink(missing_ok=True)
             os.link(f"/proc/self/fd/{fd}", named, src_dir_fd=fd)
             named.replace(self._path)
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise LabError(self._refusal(error)) from None
         finally:
             self.discard()
 
     def discard(self) -> None:
         """Let what was written so far go."""
-        self._file.close()
+        with suppress(OSError):  # the disk is full: what is let go need not be written
+            self._file.close()
 
-    def _unwritable(self, error: OSError) -> BadInput:
-        return BadInput(f"{self._path} cannot be written: {error.strerror}.")
+    def _refusal(self, error: OSError) -> str:
+        why = error.strerror or str(error)
+        if error.errno == errno.EOPNOTSUPP:
+            why = "this file system has no files without a name (O_TMPFILE), such as /tmp has"
+        return f"{self._path} cannot be written: {why}."
 
 
 def _column(rows: list[dict[str, Any]], name: str) -> list[Any]:
@@ -267,7 +279,11 @@ def _column(rows: list[dict[str, Any]], name: str) -> list[Any]:
     column = [row[name] for row in rows]
     if name not in ("key", "value", "old"):
         return column
-    return [None if one is None else json.dumps(one) for one in column]
+    return [None if one is None else _json(one) for one in column]
+
+
+def _json(item: Any) -> str:
+    return str(item) if type(item) is int else json.dumps(item)
 
 
 def _schema(pa: Any) -> Any:
