@@ -78,7 +78,7 @@ int on_take(u64 *ctx)
 	u32 id = id_of(ctx[0]);
 
 	if (watched(id, &of))
-		tell(ctx, &of, id, WATCH_DELETE, OF_KERNEL, ctx[1], ctx[4] << 32 ? NOWHERE : ctx[2],
+		tell(ctx, &of, id, WATCH_DELETE, OF_KERNEL, ctx[1], (s32)ctx[4] ? NOWHERE : ctx[2],
 		     of.call_value_size, (s32)ctx[4]);
 	return 0;
 }
@@ -100,7 +100,7 @@ int on_pop(u64 *ctx)
 	u32 id = id_of(ctx[0]);
 
 	if (watched(id, &of))
-		tell(ctx, &of, id, WATCH_DELETE, OF_KERNEL, NOWHERE, ctx[2] << 32 ? NOWHERE : ctx[1],
+		tell(ctx, &of, id, WATCH_DELETE, OF_KERNEL, NOWHERE, (s32)ctx[2] ? NOWHERE : ctx[1],
 		     of.value_size, (s32)ctx[2]);
 	return 0;
 }

@@ -257,7 +257,9 @@ def _watch(chosen: argparse.Namespace) -> int:
             program=chosen.program,
             seconds=chosen.seconds,
             output=output,
-            wanted=Wanted(frozenset(chosen.key), frozenset(chosen.pid), frozenset(chosen.kind)),
+            wanted=Wanted(
+                frozenset(chosen.key), frozenset(chosen.pid), frozenset(chosen.kind), chosen.keys
+            ),
         )
     return 0
 

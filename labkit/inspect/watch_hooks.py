@@ -81,6 +81,14 @@ FUNCTIONS: Final[dict[MapKind, dict[str, str]]] = {
         "cpu_map_update_elem": "on_update",
         "cpu_map_delete_elem": "on_delete",
     },
+    MapKind.SOCKMAP: {
+        "sock_map_update_elem_sys": "on_update",
+        "sock_map_delete_elem": "on_delete",
+    },
+    MapKind.SOCKHASH: {
+        "sock_map_update_elem_sys": "on_update",
+        "sock_hash_delete_elem": "on_delete",
+    },
     MapKind.QUEUE: {
         "queue_stack_map_push_elem": "on_push",
         "queue_map_pop_elem": "on_pop",

@@ -40,17 +40,20 @@ class Wanted:
     Attributes
     ----------
     keys : frozenset of str
-        Keys as the layout shows them (``80``, ``{ip: 1, port: 2}``), or as ``0x`` and the hex
-        digits of their bytes; empty: any.
+        Keys as they are shown (``80``, ``{ip: 1, port: 2}``), or as ``0x`` and the hex digits of
+        their bytes; empty: any.
     pids : frozenset of int
         Processes; empty: any. What was found by reading has none.
     kinds : frozenset of str
         Of `KINDS`; empty: any.
+    shown : str
+        Of `FORMATS`: how keys are shown.
     """
 
     keys: frozenset[str] = frozenset()
     pids: frozenset[int] = frozenset()
     kinds: frozenset[str] = frozenset()
+    shown: str = "btf"
 
     def of(self, events: Iterable[MapEvent]) -> list[MapEvent]:
         """Those of the events that are wanted."""
@@ -63,7 +66,9 @@ class Wanted:
             return False
         if not self.keys:
             return True
-        return in_words(one.key) in self.keys or f"0x{one.raw_key.hex()}" in self.keys
+        if one.key is None:
+            return False
+        return not self.keys.isdisjoint((shown_as(one.key, self.shown), f"0x{one.raw_key.hex()}"))
 
 
 @dataclass
@@ -205,6 +210,7 @@ class Output(Closing):
             "cgroup": who.cgroup if who else None,
             "program_id": who.program_id or None if who else None,
             "program": who.program or None if who else None,
+            "after": self._moment(one.after_ns) if one.after_ns else None,
             "after_ns": one.after_ns or None,
         }
 

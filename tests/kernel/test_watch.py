@@ -21,10 +21,12 @@ import numpy as np
 import pytest
 
 from labkit.errors import BadInput
+from labkit.inspect import watch_hooks
 from labkit.inspect.watch import MapEvent, Watch, in_words
 from labkit.inspect.watch_output import Output, Wanted, shown_as
 from labkit.inspect.watch_targets import which_maps
 from labkit.kernel import libbpf, programs
+from labkit.kernel.compiler import LoadFailed
 from labkit.kernel.libbpf import MapFlag, MapKind, UpdateFlag
 from labkit.kernel.maps import (
     KeyAbsent,
@@ -36,6 +38,8 @@ from labkit.kernel.maps import (
     PartialBatch,
 )
 from labkit.kernel.parallel import Child
+from labkit.sync import trace_hook
+from labkit.sync.ring_events import Channel
 
 KEYS = 20
 PULL_S = 0.05
@@ -439,6 +443,36 @@ def test_a_name_of_several_maps_is_refused_with_who_holds_them() -> None:
         which_maps([], store.id)
 
 
+@pytest.mark.parametrize("payload", [True, False])
+def test_the_verifier_accepts_the_program_of_each_function(table: Map, payload: bool) -> None:
+    """Also where this kernel lets nobody attach there, which it says with EPERM in the end."""
+    rooms = {"KEY_ROOM": 4, "VALUE_ROOM": 16} if payload else {"KEY_ROOM": 0, "VALUE_ROOM": 0}
+    if payload:
+        rooms["TARGETS_FD"] = table.fd
+    constants = {
+        **trace_hook.way_to_map(), **rooms, "PROG_AUX_AT": 0, "AUX_ID_AT": 0, "MAP_TYPE_AT": 0,
+        "WITH_STACK": 1,
+    }  # fmt: skip
+    functions = {name: to for each in watch_hooks.FUNCTIONS.values() for name, to in each.items()}
+    with (
+        Channel.create(4096, programs=2) as channel,
+        programs.load(
+            "watch_functions",
+            **constants,
+            RING_FD=channel.ring.fd,
+            COUNTS_FD=channel.counts.fd,
+        ) as unit,
+    ):
+        said = {}
+        for program in dict.fromkeys(functions.values()):
+            name = next(name for name, to in functions.items() if to == program)
+            try:
+                unit.program(program, hook=f"fexit:{name}")
+            except LoadFailed as error:
+                said[program] = str(error)
+    assert all(words.endswith(": EPERM.") for words in said.values()), said
+
+
 @pytest.mark.outside_vm("starts the command anew, and asks nothing else of the kernel")
 def test_what_the_command_counts_it_has_shown_even_where_sigint_was_ignored(table: Map) -> None:
     command = [sys.executable, "-m", "labkit", "watch", str(table.id)]
@@ -547,6 +581,7 @@ def test_events_are_filtered_and_written_as_json_and_parquet(
         events = collected(watch, 5)
     assert len(Wanted(keys=frozenset({"2"})).of(events)) == 1
     assert len(Wanted(keys=frozenset({"0x01000000"})).of(events)) == 4
+    assert len(Wanted(keys=frozenset({"2.0.0.0"}), shown="ip").of(events)) == 1
     assert [one.error for one in Wanted(kinds=frozenset({"refused"})).of(events)] == ["EEXIST"]
     assert len(Wanted(pids=frozenset({os.getpid()})).of(events)) == 5
     assert Wanted(pids=frozenset({1})).of(events) == []
