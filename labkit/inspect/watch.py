@@ -23,7 +23,7 @@ from labkit.errors import BadInput
 from labkit.inspect import watch_hooks
 from labkit.inspect.watch_hooks import WatchHooks
 from labkit.inspect.watch_output import Output, Wanted, in_words
-from labkit.inspect.watch_targets import which_maps
+from labkit.inspect.watch_targets import programs_of, which_maps
 from labkit.inspect.writers import Programs, Writer
 from labkit.kernel import libbpf
 from labkit.kernel.closing import Closing
@@ -40,6 +40,8 @@ _LAST_S: Final = 5.0  # to wait in the end for an event that was counted and is 
 _PAYLOAD: Final = ("key", "value")
 _STEP_S: Final = 0.2
 _MOST_BYTES: Final = 64 << 20  # a larger map is not read whole every so often
+_MOST_ENTRIES: Final = 1 << 18  # nor one that holds more: a reading would take too long
+_MOST_REMEMBERED: Final = 1 << 16  # keys of a map that is not read
 _MOST_INNER: Final = 256  # before Linux 6.8 each read of such an element waits for RCU
 _READABLE: Final = {
     MapKind.HASH, MapKind.ARRAY, MapKind.LRU_HASH, MapKind.LPM_TRIE, MapKind.PROG_ARRAY,
@@ -133,16 +135,22 @@ class _Followed:
         if self.unread:
             return
         try:
-            self.latest = self.read()
+            self.latest = self.read() or {}
         except MapError as error:
             self.unread = str(error).removesuffix(".")
         self.loaded_ns = time.monotonic_ns()
 
-    def read(self) -> dict[bytes, bytes]:
-        """The bytes of each value by those of its key, slots of CPUs one behind the other."""
+    def read(self) -> dict[bytes, bytes] | None:
+        """The bytes of each value by those of its key, slots of CPUs one behind the other.
+
+        None where there are too many by now: then the map is not read any more.
+        """
         self.readings_ns = [*self.readings_ns[1:], time.monotonic_ns()]
         self.touched = set()
         snapshot = self.table.snapshot()
+        if len(snapshot) > _MOST_ENTRIES:
+            self.unread = f"it holds more than {_MOST_ENTRIES:,} entries"
+            return None
         return dict(zip(_each(snapshot.keys), _each(snapshot.values), strict=True))
 
     def found(self, now: dict[bytes, bytes], *, at_once: bool) -> dict[bytes, int]:
@@ -197,6 +205,8 @@ class _Followed:
         if at_ns >= self.readings_ns[-1]:
             self.touched.add(key)
         self.pending.discard(key)
+        if self.unread and len(self.latest) >= _MOST_REMEMBERED:
+            self.latest.clear()
         if value is None:
             self.latest.pop(key, None)
         elif self.table.kind in _READ_OTHERWISE:
@@ -233,8 +243,6 @@ class Watch(Closing):
         As given.
     seen, refused, found : int
         Changes told by hooks so far; those that the kernel refused; those found by reading.
-    unread : dict of int to str
-        Maps that are not read, with the reason.
     unhooked : tuple of str
         Functions of these kinds of maps that this kernel does not have, or does not let be hooked.
 
@@ -265,9 +273,13 @@ class Watch(Closing):
             raise
         self.mechanism = self._hooks.mechanism
         self.blind = _BLIND[self.mechanism]
-        self.unread = {id: one.unread for id, one in self._followed.items() if one.unread}
         self.unhooked = tuple(self._hooks.refused)
         self._next_pull = time.monotonic() + pull_s if self._readable else _NEVER
+
+    @property
+    def unread(self) -> dict[int, str]:
+        """Maps that are not read, or not any more, with the reason."""
+        return {id: one.unread for id, one in self._followed.items() if one.unread}
 
     @property
     def _readable(self) -> list[_Followed]:
@@ -335,7 +347,8 @@ class Watch(Closing):
                 news += some
                 deadline = time.monotonic() + _LAST_S
         for one, now in last:
-            news += self._found(one, now, at_ns, at_once=True)
+            if now is not None:
+                news += self._found(one, now, at_ns, at_once=True)
         return news
 
     def close(self) -> None:
@@ -413,6 +426,8 @@ class Watch(Closing):
         news: list[MapEvent] = []
         for one in self._readable:
             now, at_ns = one.read(), time.monotonic_ns()
+            if now is None:
+                continue
             while some := self._take():  # of what the reading shows already
                 news += some
                 if some[-1].at_ns > at_ns:
@@ -501,6 +516,7 @@ def _show(
         tables += [Map.from_id(id) for id in ids]
         with Watch(*tables) as watch:
             _say_what(watch, tables)
+            unread_at_first = watch.unread
             out.several = len(tables) != 1
             ends = time.monotonic() + seconds
             written = 0
@@ -508,6 +524,9 @@ def _show(
                 written += out.write(wanted.of(watch.poll(min(left, _STEP_S))))
             written += out.write(wanted.of(watch.end()))
             _say_counts(watch, written)
+            _say_unread({id: why for id, why in watch.unread.items() if id not in unread_at_first})
+            if watch.found and (users := programs_of(ids)):
+                _say(f"What was found may have been written by {', '.join(users)}.")
     finally:
         for table in tables:
             table.close()
@@ -524,7 +543,11 @@ def _say_what(watch: Watch, tables: list[Map]) -> None:
     _say(tell)
     if watch.unhooked:
         _say(f"Nor is seen what passes {', '.join(watch.unhooked)}: they could not be hooked.")
-    for id, why in watch.unread.items():
+    _say_unread(watch.unread)
+
+
+def _say_unread(unread: dict[int, str]) -> None:
+    for id, why in unread.items():
         _say(f"Map {id} is not read ({why}): of it, what the hooks do not see is not found.")
 
 

@@ -52,6 +52,23 @@ def which_maps(names: Sequence[str], program: int | None = None) -> list[int]:
     return list(dict.fromkeys(found))
 
 
+def programs_of(map_ids: Sequence[int]) -> list[str]:
+    """Programs that refer to any of some maps, such as ``program 41 count``."""
+    wanted, found = set(map_ids), []
+    for identifier in libbpf.ids("prog"):
+        try:
+            fd = libbpf.fd_by_id("prog", identifier)
+        except OSError:
+            continue  # gone between listing and opening
+        try:
+            if not wanted.isdisjoint(libbpf.prog_map_ids(fd)):
+                name = libbpf.shown(libbpf.prog_info(fd).name)
+                found.append(f"program {identifier} {name}")
+        finally:
+            libbpf.close(fd)
+    return found
+
+
 def _known(one: MapObject, now: Objects) -> str:
     holders = ", ".join(now.holders(one))
     users = [each for each in now.programs.values() if one.id in each.map_ids]

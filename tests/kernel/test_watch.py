@@ -548,6 +548,37 @@ def test_the_command_writes_what_is_asked_for(table: Map, tmp_path: Path) -> Non
         assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
+@pytest.mark.outside_vm("starts the command anew, and asks nothing else of the kernel")
+def test_nothing_is_left_of_a_watch_that_is_killed(table: Map, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "labkit", "watch", str(table.id)]
+    with subprocess.Popen(
+        [*command, "--parquet", str(tmp_path / "events.parquet")],
+        stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        assert "Watching" in process.stderr.readline()
+        table.update(1, 1)
+        process.kill()
+    assert list(tmp_path.iterdir()) == []  # and conftest.py looks for maps, programs and links
+
+
+@pytest.mark.outside_vm("starts the command anew, and asks nothing else of the kernel")
+def test_who_may_have_written_what_was_found_is_said() -> None:
+    with programs.load("lost_updates", INCREMENTS=1) as unit:
+        increment = unit.program("plain_increment")
+        command = [sys.executable, "-m", "labkit", "watch", str(unit.map("counter").id)]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            assert "invisible" in process.stderr.readline()
+            increment.test_run()
+            process.send_signal(signal.SIGINT)
+            shown, said = process.communicate(timeout=60)
+    assert re.search(r"found   0 = \d+ \(was 0\)  after ", shown)
+    assert f"may have been written by program {increment.id} {increment.name}." in said
+
+
 def test_items_of_any_layout_are_words() -> None:
     layout = np.dtype([("port", "u2"), ("address", "V4"), ("rates", "u4", (2,))])
     item = np.array([(80, b"\x0a\x00\x00\x01", [1, 2])], layout)[0]
