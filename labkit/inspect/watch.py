@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from labkit.errors import BadInput
 from labkit.inspect import watch_hooks
-from labkit.inspect.watch_hooks import WatchHooks
+from labkit.inspect.watch_hooks import WatchHooks, hookable
 from labkit.inspect.watch_output import Output, Wanted, in_words
 from labkit.inspect.watch_targets import programs_of, which_maps
 from labkit.inspect.writers import Programs, Writer
@@ -31,6 +31,7 @@ from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import OF_MAPS, PER_CPU, Map, MapError
 from labkit.kernel.ringbuf import RingReader
 from labkit.sync.strategy import bounded
+from labkit.sync.trace_hook import best_mechanism
 
 __all__ = ["MapEvent", "Watch", "in_words", "show"]
 
@@ -514,10 +515,14 @@ def _show(
     tables: list[Map] = []
     try:
         tables += [Map.from_id(id) for id in ids]
-        with Watch(*tables) as watch:
-            _say_what(watch, tables)
+        meant = [one for one in tables if hookable(one.kind, best_mechanism())]
+        with Watch(*(meant or tables)) as watch:  # where none can be hooked, it says why
+            _say_what(watch, meant)
+            if len(meant) < len(tables):
+                rest = ", ".join(repr(one) for one in tables if one not in meant)
+                _say(f"Left out, as changes of their kinds cannot be hooked: {rest}.")
             unread_at_first = watch.unread
-            out.several = len(tables) != 1
+            out.several = len(meant) != 1
             ends = time.monotonic() + seconds
             written = 0
             while (left := ends - time.monotonic()) > 0 and not interrupted.is_set():

@@ -136,6 +136,11 @@ def event_dtype(key_room: int, value_room: int, *, with_frames: bool) -> np.dtyp
     return np.dtype(fields)
 
 
+def hookable(kind: MapKind, mechanism: str) -> bool:
+    """Whether changes of this kind of map pass a hook of a mechanism."""
+    return kind not in UNTOLD_KINDS and (mechanism == "syscalls" or kind in FUNCTIONS)
+
+
 def call_value_size(table: Map) -> int:
     """Bytes of a value as bpf(2) takes it: a per-CPU map has a slot for each possible CPU."""
     if table.kind in PER_CPU:
@@ -215,8 +220,7 @@ class WatchHooks(Closing):
 
     def _check_kinds(self, tables: Sequence[Map]) -> None:
         for table in tables:
-            unknown = self.mechanism == "functions" and table.kind not in FUNCTIONS
-            if unknown or table.kind in UNTOLD_KINDS:
+            if not hookable(table.kind, self.mechanism):
                 raise BadInput(
                     f"Changes of a {table.kind.name.lower()} cannot be hooked: {table!r} has no "
                     "elements whose changes pass a hook that is known here."
