@@ -200,25 +200,32 @@ class _Followed:
             return None, False  # the first reading may show it already
         return old, old is None and not self.unread
 
-    def told(self, at_ns: int, key: bytes, value: bytes | None, cpu: int | None) -> None:
-        """An event told that a key has this value now, on one CPU or all, or that it is gone."""
-        self.doubtful.discard(key)
-        if at_ns >= self.readings_ns[-1]:
-            self.touched.add(key)
-        self.pending.discard(key)
+    def deleted(self, at_ns: int, key: bytes) -> None:
+        """An event told that a key is gone."""
+        self._touch(at_ns, key)
+        self.latest.pop(key, None)
+
+    def updated(self, at_ns: int, key: bytes, value: bytes | None, cpu: int | None) -> None:
+        """An event told that a key has this value now, on one CPU or all; None: an unknown one."""
+        self._touch(at_ns, key)
         if self.unread and len(self.latest) >= _MOST_REMEMBERED:
             self.latest.clear()
+        if value is None or self.table.kind in _READ_OTHERWISE:
+            self.pending.add(key)
         if value is None:
             self.latest.pop(key, None)
-        elif self.table.kind in _READ_OTHERWISE:
-            self.latest[key] = value
-            self.pending.add(key)
         elif cpu is None:
             self.latest[key] = value
         else:
             slots = bytearray(self.latest.get(key, bytes(self.value_bytes)))
             slots[cpu * len(value) : (cpu + 1) * len(value)] = value
             self.latest[key] = bytes(slots)
+
+    def _touch(self, at_ns: int, key: bytes) -> None:
+        self.doubtful.discard(key)
+        self.pending.discard(key)
+        if at_ns >= self.readings_ns[-1]:
+            self.touched.add(key)
 
 
 class Watch(Closing):
@@ -402,8 +409,10 @@ class Watch(Closing):
         shown = None if one.table.kind in watch_hooks.HOLD_SOCKETS else value
         old, is_new = one.before(key, at_ns) if key else (None, False)
         partial = value is not None and len(value) < one.value_bytes
-        if not error and key:
-            one.told(at_ns, key, None if what == "delete" else value, cpu if partial else None)
+        if key and not error and what == "delete":
+            one.deleted(at_ns, key)
+        elif key and not error:
+            one.updated(at_ns, key, value, cpu if partial else None)
         taken = what == "delete" and value is not None
         return MapEvent(
             at_ns,

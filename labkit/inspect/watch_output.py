@@ -48,12 +48,22 @@ class Wanted:
         Of `KINDS`; empty: any.
     shown : str
         Of `FORMATS`: how keys are shown.
+
+    Raises
+    ------
+    BadInput
+        There is no such kind or format.
     """
 
     keys: frozenset[str] = frozenset()
     pids: frozenset[int] = frozenset()
     kinds: frozenset[str] = frozenset()
     shown: str = "btf"
+
+    def __post_init__(self) -> None:
+        """Refuse what no event can meet."""
+        _check(self.kinds, KINDS)
+        _check({self.shown}, FORMATS)
 
     def of(self, events: Iterable[MapEvent]) -> list[MapEvent]:
         """Those of the events that are wanted."""
@@ -89,7 +99,7 @@ class Output(Closing):
     Raises
     ------
     BadInput
-        The file cannot be written.
+        The file cannot be written, or there is no such format.
     """
 
     as_json: bool = False
@@ -104,6 +114,7 @@ class Output(Closing):
 
     def __post_init__(self) -> None:
         """Open the file, so that what is wrong with it is said at the start."""
+        _check({self.keys, self.values}, FORMATS)
         if self.parquet is not None:
             self._file = _ParquetFile(self.parquet)
 
@@ -157,7 +168,7 @@ class Output(Closing):
         parts = [self._clock(one.at_ns)]
         if self.several:
             parts.append(f"{self._name(one.map_id)} id {one.map_id}")
-        parts.append(f"refused {one.what}" if one.error else f"{one.what:6}")
+        parts.append(f"{one.what:6}")
         content = self._content(one)
         if content:
             parts.append(content)
@@ -171,12 +182,13 @@ class Output(Closing):
         words = [] if one.key is None else [self._key(one)]
         if one.value is not None:
             words.append(f"= {self._value(one)}")
-        if one.old is not None and not one.error:
-            words.append(f"(was {self._old(one)})")
+        if one.error:
+            words.append(f"refused: {one.error}")
+        if one.old is not None:
+            words.append(f"({'last seen' if one.error else 'was'} {self._old(one)})")
         elif one.is_new:
             words.append("(new)")
-        text = " ".join(words)
-        return f"{text}: {one.error}" if one.error and text else text or one.error
+        return " ".join(words)
 
     def _key(self, one: MapEvent) -> str:
         return shown_as(one.key, self.keys)
@@ -370,6 +382,11 @@ def _each_cpu(item: Any, show: Callable[[Any], Any]) -> Any:
     if item is None:
         return None
     return [show(one) for one in item] if isinstance(item, tuple) else show(item)
+
+
+def _check(given: Iterable[str], known: tuple[str, ...]) -> None:
+    if unknown := sorted(set(given) - set(known)):
+        raise BadInput(f"One of {', '.join(known)} is meant, not {unknown[0]!r}.")
 
 
 def _kind(one: MapEvent) -> str:

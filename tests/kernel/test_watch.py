@@ -206,6 +206,23 @@ def test_who_asked_and_what_was_refused_is_told(table: Map) -> None:
         assert one.writer.cgroup > 0
 
 
+def test_the_name_of_a_writer_is_shown_as_it_may_be(
+    table: Map, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write() -> None:
+        Path("/proc/self/comm").write_bytes(b"a\n\xff\x1b[2J")
+        Map.from_id(table.id).update(1, 1)
+
+    with Watch(table, pull_s=PULL_S) as watch:
+        with Child(write) as child:
+            child.result()
+        events = collected(watch, 1)
+    assert [one.writer.comm for one in events if one.writer] == ["a\\n\\xff\\x1b[2J"]
+    with Output() as out:
+        out.write(events)
+    assert capsys.readouterr().out.removesuffix("\n").isprintable()
+
+
 def test_a_program_that_writes_is_named_where_its_stack_can_be_seen(
     table: Map, require_feature: Callable[[str], None]
 ) -> None:
@@ -625,6 +642,14 @@ def test_events_are_filtered_and_written_as_json_and_parquet(
     ]  # fmt: skip
     assert {one["pid"] for one in lines} == {os.getpid()}
     assert all(re.search(r"[+-]\d\d:\d\d$", one["time"]) for one in lines)
+    with Output() as out:
+        out.write(events)
+    shown = [line.split("  ", 1)[1] for line in capsys.readouterr().out.splitlines()]
+    assert [line.partition("  by ")[0] for line in shown] == [
+        "update  1 = 10 (new)", "update  1 = 11 (was 10)",
+        "update  1 = 12 refused: EEXIST (last seen 11)", "delete  1 (was 11)",
+        "update  2 = 20 (new)",
+    ]  # fmt: skip
     with Output(parquet=path) as out:
         out.write(events)
         assert not path.exists()
@@ -635,5 +660,9 @@ def test_events_are_filtered_and_written_as_json_and_parquet(
     assert [(one["what"], one["key"], one["value"], one["error"]) for one in rows][2:4] == [
         ("update", "1", "12", "EEXIST"), ("delete", "1", None, None),
     ]  # fmt: skip
+    with pytest.raises(BadInput, match="One of btf, hex, ip, text is meant, not 'octal'"):
+        Output(keys="octal")
+    with pytest.raises(BadInput, match="not 'written'"):
+        Wanted(kinds=frozenset({"written"}))
     with pytest.raises(BadInput, match="cannot be written"):
         Output(parquet=tmp_path / "missing" / "events.parquet")
