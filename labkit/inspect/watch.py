@@ -8,6 +8,7 @@ written to.
 
 from __future__ import annotations
 
+import errno
 import math
 import signal
 import sys
@@ -52,6 +53,9 @@ _READABLE: Final = {
 _FEW_ENTRIES: Final = {MapKind.PROG_ARRAY, *OF_MAPS}
 _READ_OTHERWISE: Final = {  # what is read is not what was written: descriptors become ids, cookies
     *watch_hooks.HOLD_SOCKETS, MapKind.DEVMAP, MapKind.DEVMAP_HASH, MapKind.CPUMAP,
+}  # fmt: skip
+_NOT_BY_PROGRAMS: Final = {  # programs do not change what these hold
+    *_FEW_ENTRIES, MapKind.DEVMAP, MapKind.DEVMAP_HASH, MapKind.CPUMAP,
 }  # fmt: skip
 _BLIND: Final = {
     "functions": "stores through a pointer that a program looked up, stores through a mapping, "
@@ -144,11 +148,21 @@ class _Followed:
     def read(self) -> dict[bytes, bytes] | None:
         """The bytes of each value by those of its key, slots of CPUs one behind the other.
 
-        None where there are too many by now: then the map is not read any more.
+        None where there are too many by now, or the map is gone: then it is not read any more.
+        It is opened anew each time: who holds a map keeps it alive, and a program array filled.
         """
         self.readings_ns = [*self.readings_ns[1:], time.monotonic_ns()]
         self.touched = set()
-        snapshot = self.table.snapshot()
+        table = self.table
+        try:
+            opened = Map.from_id(table.id, key=table.key_dtype, value=table.value_dtype)
+        except MapError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            self.unread = "it is gone"
+            return None
+        with opened:
+            snapshot = opened.snapshot()
         if len(snapshot) > _MOST_ENTRIES:
             self.unread = f"it holds more than {_MOST_ENTRIES:,} entries"
             return None
@@ -234,7 +248,8 @@ class Watch(Closing):
     Parameters
     ----------
     *tables : Map
-        Opened by id, pin or name; they stay the caller's. None: all maps of the machine, told
+        Opened by id, pin or name; they stay the caller's, who may close them: a watch keeps no
+        map alive. None: all maps of the machine, told
         without keys and values, and not read.
     pull_s : float
         From one reading of the maps to the next, seconds. What no hook told is reported when
@@ -526,6 +541,8 @@ def _show(
         tables += [Map.from_id(id) for id in ids]
         meant = [one for one in tables if hookable(one.kind, best_mechanism())]
         with Watch(*(meant or tables)) as watch:  # where none can be hooked, it says why
+            for one in tables:
+                one.close()  # the watch needs no more than their ids and layouts
             _say_what(watch, meant)
             if len(meant) < len(tables):
                 rest = ", ".join(repr(one) for one in tables if one not in meant)
@@ -539,7 +556,8 @@ def _show(
             written += out.write(wanted.of(watch.end()))
             _say_counts(watch, written)
             _say_unread({id: why for id, why in watch.unread.items() if id not in unread_at_first})
-            if watch.found and (users := programs_of(ids)):
+            storable = [one.id for one in meant if one.kind not in _NOT_BY_PROGRAMS]
+            if watch.found and (users := programs_of(storable)):
                 _say(f"What was found may have been written by {', '.join(users)}.")
     finally:
         for table in tables:

@@ -379,6 +379,18 @@ def test_a_queue_has_no_keys() -> None:
             ]  # fmt: skip
 
 
+def test_a_watch_keeps_no_map_alive() -> None:
+    with (
+        Map.create(MapKind.HASH, key="u4", value="u8", max_entries=4) as table,
+        Watch(table, pull_s=PULL_S) as watch,
+    ):
+        table.update(1, 1)
+        table.close()
+        assert len(collected(watch, 1)) == 1
+        assert watch.unread == {table.id: "it is gone"}
+        assert watch.end() == []
+
+
 def test_a_socket_that_goes_is_found_to_be_gone() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
