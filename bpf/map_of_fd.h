@@ -2,20 +2,27 @@
 #ifndef MAP_OF_FD_H
 #define MAP_OF_FD_H
 
-/* The id of the map behind a descriptor of the current process: what fget and map->id would say.
- * The offsets come from the kernel's own BTF.
+/* What stands behind a descriptor of the current process, such as a struct bpf_map: what fget would
+ * say. The offsets come from the kernel's own BTF.
  */
-static inline u32 map_id(u32 fd)
+static inline u64 behind_fd(u32 fd)
 {
 	u64 at = bpf_get_current_task();
-	u32 id = 0;
 
 	bpf_probe_read_kernel(&at, sizeof(at), (void *)(at + TASK_FILES_AT));
 	bpf_probe_read_kernel(&at, sizeof(at), (void *)(at + FILES_TABLE_AT));
 	bpf_probe_read_kernel(&at, sizeof(at), (void *)(at + TABLE_FILES_AT));
 	bpf_probe_read_kernel(&at, sizeof(at), (void *)(at + 8 * (u64)fd));
 	bpf_probe_read_kernel(&at, sizeof(at), (void *)(at + FILE_PRIVATE_AT));
-	bpf_probe_read_kernel(&id, sizeof(id), (void *)(at + MAP_ID_AT));
+	return at;
+}
+
+/* The id of the map behind a descriptor of the current process. */
+static inline u32 map_id(u32 fd)
+{
+	u32 id = 0;
+
+	bpf_probe_read_kernel(&id, sizeof(id), (void *)(behind_fd(fd) + MAP_ID_AT));
 	return id;
 }
 

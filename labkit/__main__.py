@@ -266,8 +266,20 @@ def _diagnose(chosen: argparse.Namespace) -> int:
 
 def _watch(chosen: argparse.Namespace) -> int:
     from labkit.inspect.watch import show
+    from labkit.inspect.watch_output import Output, Wanted
 
-    show(chosen.map, seconds=chosen.seconds)
+    if bool(chosen.map or chosen.program is not None) == chosen.all:
+        raise BadInput("Name maps, or a --program of which you mean the maps, or say --all.")
+    with Output(chosen.json, chosen.parquet, chosen.keys, chosen.values) as output:
+        show(
+            chosen.map,
+            program=chosen.program,
+            seconds=chosen.seconds,
+            output=output,
+            wanted=Wanted(
+                frozenset(chosen.key), frozenset(chosen.pid), frozenset(chosen.kind), chosen.keys
+            ),
+        )
     return 0
 
 
@@ -451,9 +463,24 @@ def _parser() -> argparse.ArgumentParser:
     diagnosis.add_argument("--json", action="store_true", help="for scripts")
 
     watch = add("watch", _watch, "show the changes of a map of yours as they are made, by anybody")
-    watch.add_argument("map", metavar="MAP", help="id, path of a pin, or name")
+    watch.add_argument("map", nargs="*", metavar="MAP", help="id, path of a pin, or name")
+    watch.add_argument("--program", type=int, metavar="ID", help="the maps that a program uses")
+    watch.add_argument("--all", action="store_true", help="all maps, without keys and values")
     watch.add_argument("--seconds", type=_seconds, default=math.inf, metavar="S",
                        help="when to end; else by Ctrl-C")  # fmt: skip
+    watch.add_argument("--json", action="store_true", help="one line of JSON an event")
+    watch.add_argument("--parquet", type=Path, metavar="FILE",
+                       help="write the events there instead, once the watch ends")  # fmt: skip
+    watch.add_argument("--key", action="append", default=[], metavar="KEY",
+                       help="only this key, as it is shown, or 0x and its bytes")  # fmt: skip
+    watch.add_argument("--pid", action="append", default=[], type=int, metavar="PID",
+                       help="only what this process asked for")  # fmt: skip
+    watch.add_argument("--kind", action="append", default=[],
+                       choices=("update", "delete", "refused", "found", "gone"),
+                       help="only events of this kind")  # fmt: skip
+    for what in ("keys", "values"):
+        watch.add_argument(f"--{what}", default="btf", choices=("btf", "hex", "ip", "text"),
+                           help=f"show {what} by the map's layout, or so")  # fmt: skip
 
     canary = add(
         "canary", _canary,

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: GPL-2.0
+// Tells of every change of the watched maps that a process asks for by bpf(2), with the kernel's
+// answer. Changes that programs make pass no system call.
+//
+// An element is read when the call returns: the kernel touched that memory a moment ago, so there is
+// no page fault (trace_hook_syscalls.bpf.c has the window). A batch that failed needs both ends of the
+// call: the kernel writes the count of what it went through over the caller's, unless it never began.
+
+#include <uapi/linux/ptrace.h>
+#include "map_of_fd.h"
+#include "watch_event.h"
+
+#define NR_BPF 321  // of x86-64; 32-bit processes enter by another number, and are not seen
+
+BPF_HASH(asked, u64, u32, 4096);           // by thread: how many elements its batch is to change
+BPF_HASH(batches, u64, struct batch, 4096);  // by thread: the batch that is being told of
+BPF_PROG_ARRAY(next, 1);                   // on_batch
+
+// Fields of union bpf_attr, up to the last that is read here (include/uapi/linux/bpf.h).
+struct element_call {
+	u32 map_fd;
+	u32 padding;
+	u64 key;
+	u64 value;
+};
+
+struct batch_call {
+	u64 in_batch;
+	u64 out_batch;
+	u64 keys;
+	u64 values;
+	u32 count;
+	u32 map_fd;
+};
+
+static inline bool is_batch(u32 command)
+{
+	return command == BPF_MAP_UPDATE_BATCH || command == BPF_MAP_DELETE_BATCH ||
+	       command == BPF_MAP_LOOKUP_AND_DELETE_BATCH;
+}
+
+int on_enter(u64 *ctx)
+{
+	struct pt_regs *regs = (void *)ctx[0];
+	struct batch_call call = {};
+	struct target of = {};
+	u64 thread;
+
+	if (regs->orig_ax != NR_BPF || !is_batch(regs->di))
+		return 0;
+	if (bpf_probe_read_user(&call, sizeof(call), (void *)regs->si))
+		return 0;
+	if (!watched(map_id(call.map_fd), &of))
+		return 0;
+	thread = bpf_get_current_pid_tgid();
+	asked.update(&thread, &call.count);
+	return 0;
+}
+
+static inline void element_changed(u64 *ctx, u32 command, u64 attr, s64 result)
+{
+	struct element_call call = {};
+	struct target of = {};
+	// A caller may pass no more of the union than its command needs.
+	u32 size = command == BPF_MAP_DELETE_ELEM ? 16 : sizeof(call), id;
+	u8 kind = command == BPF_MAP_UPDATE_ELEM ? WATCH_UPDATE : WATCH_DELETE;
+
+	if (bpf_probe_read_user(&call, size, (void *)attr))
+		return;
+	id = map_id(call.map_fd);
+	if (!id || !watched(id, &of))
+		return;
+	if (kind == WATCH_DELETE && result)
+		call.value = NOWHERE;  // nothing was taken
+	tell(ctx, &of, id, kind, OF_USER, call.key, call.value, of.call_value_size, result);
+}
+
+// Tells of some elements, and calls itself for the rest: the kernel allows 33 calls. What is left
+// then is counted.
+int on_batch(u64 *ctx)
+{
+	u64 thread = bpf_get_current_pid_tgid();
+	struct batch *batch = batches.lookup(&thread);
+
+	if (!batch)
+		return 0;
+	tell_next(ctx, batch);
+	if (batch->told < batch->count)
+		next.call(ctx, 0);
+	if (batch->told < batch->count)
+		count_untold(batch->count - batch->told);
+	batches.delete(&thread);
+	return 0;
+}
+
+static inline void batch_changed(u64 *ctx, u32 command, u64 attr, s64 result)
+{
+	struct batch_call call = {};
+	struct batch batch = {};
+	u64 thread = bpf_get_current_pid_tgid();
+	u32 *begun;
+
+	if (bpf_probe_read_user(&call, sizeof(call), (void *)attr))
+		return;
+	batch.id = map_id(call.map_fd);
+	if (!batch.id || !watched(batch.id, &batch.of))
+		return;
+	if (command == BPF_MAP_LOOKUP_AND_DELETE_BATCH && result == -ENOENT)
+		result = 0;  // the end of the map was reached, and the count is good
+	batch.kind = command == BPF_MAP_UPDATE_BATCH ? WATCH_UPDATE : WATCH_DELETE;
+	batch.keys = call.keys;
+	batch.values = command == BPF_MAP_DELETE_BATCH ? NOWHERE : call.values;
+	batch.count = call.count;
+	begun = asked.lookup(&thread);
+	// It failed: either the count is of what was done before, or still the caller's own.
+	if (result && (!begun || call.count >= *begun))
+		batch.count = 0;
+	asked.delete(&thread);
+	if (result) {
+		u64 done = batch.count;
+
+		// Told before those that were done, which another program tells of.
+		tell(ctx, &batch.of, batch.id, batch.kind, OF_USER,
+		     command == BPF_MAP_LOOKUP_AND_DELETE_BATCH ? NOWHERE : call.keys + done * batch.of.key_size,
+		     command == BPF_MAP_UPDATE_BATCH ? call.values + done * batch.of.call_value_size : NOWHERE,
+		     batch.of.call_value_size, result);
+	}
+	if (!batch.count)
+		return;
+	batches.update(&thread, &batch);
+	next.call(ctx, 0);
+	count_untold(batch.count);
+}
+
+int on_return(u64 *ctx)
+{
+	struct pt_regs *regs = (void *)ctx[0];
+	u32 command;
+
+	if (regs->orig_ax != NR_BPF)
+		return 0;
+	command = regs->di;
+	if (command == BPF_MAP_UPDATE_ELEM || command == BPF_MAP_DELETE_ELEM ||
+	    command == BPF_MAP_LOOKUP_AND_DELETE_ELEM)
+		element_changed(ctx, command, regs->si, ctx[1]);
+	else if (is_batch(command))
+		batch_changed(ctx, command, regs->si, ctx[1]);
+	return 0;
+}
