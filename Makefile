@@ -49,7 +49,7 @@ doctor: setup ## what this kernel can do, by trying
 list: setup ## every experiment, and whether this kernel can run it
 	@$(ENTER) $(PYTHON) -m labkit list
 
-verdicts: setup ## every claim of the article, judged by the runs here; exit status 1 if one has changed
+verdicts: setup ## every claim of the article, judged by the runs here; exit status 5 if one has changed
 	@$(ENTER) $(PYTHON) -m labkit verdicts
 
 mutation: setup ## spoil the recorded runs: every statement must turn; exit status 0 if all do

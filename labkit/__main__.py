@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from labkit import __version__
-from labkit.errors import BadInput, LabError, Unavailable
+from labkit.errors import CAUSE_FOUND, FALLS_SHORT, BadInput, LabError, Unavailable
 from labkit.kernel.tools import CHECKOUT
 
 # What takes long to import is imported by the command that needs it.
@@ -26,13 +26,12 @@ REPORTS = (CHECKOUT or Path.cwd()) / "reports"
 """Where the report goes unless the caller says otherwise."""
 
 EXIT = (
-    "Exit status: 0 all is well; 1 a finding fails, a bar falls short, a verdict changed or a "
-    "canary was not seen within its limit; 2 the "
-    "command was misused; 3 this machine lacks what it needs; 4 it could not do its work (the "
-    "kernel refused, the disk is full, time was up); 5 a diagnosis has a cause; 70 an error of the "
-    "lab itself; 130 after Ctrl-C."
+    "Exit status: 0 all is well; 1 a diagnosis has a cause; 2 the command was misused; 3 this "
+    "machine lacks what it needs; 4 it could not do its work (the kernel refused, the disk is "
+    "full, time was up); 5 a finding fails, a bar falls short, a verdict changed or a canary was "
+    "not seen within its limit; 70 an error of the lab itself; 130 after Ctrl-C."
 )
-CAUSE_FOUND, OWN_ERROR = 5, 70
+OWN_ERROR = 70
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -184,7 +183,7 @@ def _run_one(id: str, chosen: argparse.Namespace, changed: dict[str, Any], folde
         elif chosen.record:
             state = "fails" if finding.state == FAILS else "is undecided"
             print(f"not recorded: the finding {state}", file=sys.stderr)
-        return int(finding.state == FAILS)
+        return FALLS_SHORT if finding.state == FAILS else 0
     except LabError as error:
         line.clear()
         return _complain(error, id)
@@ -206,7 +205,7 @@ def _verdicts(chosen: argparse.Namespace) -> int:
         print(json.dumps(verdicts.as_json(ledger), indent=1))
     else:
         print(verdicts.as_text(ledger))
-    return int(bool(ledger.changes))
+    return FALLS_SHORT if ledger.changes else 0
 
 
 def _mutation(chosen: argparse.Namespace) -> int:
@@ -214,7 +213,7 @@ def _mutation(chosen: argparse.Namespace) -> int:
 
     planted = mutation.over_recorded_runs()
     print(mutation.as_text(planted))
-    return int(any(one.survivors or one.never_held for one in planted))
+    return FALLS_SHORT if any(one.survivors or one.never_held for one in planted) else 0
 
 
 def _soak(chosen: argparse.Namespace) -> int:
@@ -235,7 +234,7 @@ def _soak(chosen: argparse.Namespace) -> int:
     )
     print(soak.as_text(run))
     print(f"saved as {runs.save(run, folder)}")
-    return int((run.table("decisions")["came_to"] == soak.WRONG).any())
+    return FALLS_SHORT if (run.table("decisions")["came_to"] == soak.WRONG).any() else 0
 
 
 def _bench(chosen: argparse.Namespace) -> int:
@@ -250,7 +249,7 @@ def _bench(chosen: argparse.Namespace) -> int:
         print(f"recorded as {runs.record(run)}")
     elif chosen.record:
         print("not recorded: a bar falls short", file=sys.stderr)
-    return int(not finding.holds)
+    return 0 if finding.holds else FALLS_SHORT
 
 
 def _diagnose(chosen: argparse.Namespace) -> int:
@@ -299,7 +298,7 @@ def _canary(chosen: argparse.Namespace) -> int:
         as_json=chosen.json,
         prometheus_file=chosen.prometheus,
     )
-    return int(not held)
+    return 0 if held else FALLS_SHORT
 
 
 def _clean(chosen: argparse.Namespace) -> int:
@@ -457,7 +456,7 @@ def _parser() -> argparse.ArgumentParser:
 
     diagnosis = add(
         "diagnose", _diagnose,
-        "why somebody may see old values of a map of yours; 5: a cause was found",
+        "why somebody may see old values of a map of yours; 1: a cause was found",
     )  # fmt: skip
     diagnosis.add_argument("map", metavar="MAP", help="id, path of a pin, or name")
     diagnosis.add_argument("--json", action="store_true", help="for scripts")

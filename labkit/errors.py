@@ -5,6 +5,14 @@ Each kind has the exit status of a command that ends with it.
 
 from __future__ import annotations
 
+from typing import Final
+
+CAUSE_FOUND: Final = 1
+"""Exit status of a diagnosis that found a cause."""
+
+FALLS_SHORT: Final = 5
+"""Exit status of a command whose work was done, and came to less than was demanded."""
+
 
 class LabError(Exception):
     """Base of everything that the lab reports to its user without a traceback."""

@@ -152,11 +152,11 @@ def doctor(json: bool = False) -> tuple[str, int]:
         The table; or a JSON object with ``kernel``, ``ready`` and ``features``, a list of
         objects with name, works, answer, remedy, essential.
     int
-        Exit status: 0 where every essential feature works, else 1.
+        Exit status: 0 where every essential feature works, else that of `Unavailable`.
     """
     found = features()
     lacking = [f for f in found if not f.works and TRIALS[f.name].essential]
-    status = 1 if lacking else 0
+    status = Unavailable.status if lacking else 0
     if json:
         return json_format.dumps(
             {

@@ -26,7 +26,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from labkit.errors import BadInput, LabError
+from labkit.errors import FALLS_SHORT, BadInput, LabError
 from labkit.judge.claims import Ledger
 from labkit.kernel import leftovers
 from labkit.lab import verdicts
@@ -130,7 +130,7 @@ def make_report(
     Returns
     -------
     int
-        Exit status: 0 where every notebook ended with all findings held, else 1.
+        Exit status: 0 where every notebook ended with all findings held, else `FALLS_SHORT`.
 
     Raises
     ------
@@ -186,7 +186,7 @@ def make_report(
     if no_verdicts:
         done(f"No verdicts: {no_verdicts}")
     done(f"{_tally(pages)} Open {folder / 'index.html'}")
-    return int(bool(no_verdicts) or any(page.failed for page in pages))
+    return FALLS_SHORT if no_verdicts or any(page.failed for page in pages) else 0
 
 
 def _measures(file: Path) -> bool:

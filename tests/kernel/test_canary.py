@@ -228,7 +228,7 @@ def test_the_limit_is_the_exit_status(policy: Map, tmp_path: Path) -> None:
     assert (told["versions"], told["unseen"], told["holds"]) == (2, 0, True)
     assert f'map_id="{policy.id}",key="80"}} 1.0' in file.read_text()
     exceeded = command(policy, *quick, "--limit-ms", "0.000001")
-    assert (exceeded.returncode, exceeded.stderr) == (1, "")
+    assert (exceeded.returncode, exceeded.stderr) == (5, "")
     assert "is exceeded" in exceeded.stdout
     assert int(policy.lookup(80)) == 4
     nowhere = command(policy, *quick, "--prometheus", str(tmp_path / "none" / "a.prom"))

@@ -169,7 +169,7 @@ def test_kill_in_the_middle_of_a_notebook(victim: str, tmp_path: Path) -> None:
         assert set(folders.glob("tmp*.json")) == connections
         index = tmp_path / "reports" / "index.html"
         if victim == "kernel":
-            assert status == 1 and "Its kernel process died" in index.read_text()
+            assert status == 5 and "Its kernel process died" in index.read_text()
         else:
             assert status == {"report": -signal.SIGKILL, "ctrl-c": 130}[victim]
             assert not index.exists()

@@ -49,11 +49,11 @@ def test_run_prints_counts_finding_and_place(
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_finding_that_fails_is_status_1(
+def test_a_finding_that_fails_is_status_5(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("--set", "lost=9", "--folder", str(tmp_path))
-    assert main("run", "toy-counts", "--record", *arguments) == 1
+    assert main("run", "toy-counts", "--record", *arguments) == 5
     said = capsys.readouterr()
     assert "toy-counts FAILS" in said.out
     assert "not recorded: the finding fails" in said.err

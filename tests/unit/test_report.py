@@ -63,7 +63,7 @@ def test_one_that_fails_stops_no_other(tmp_path: Path) -> None:
     write_notebook(books, "03-dies", "import os; os.kill(os.getpid(), 9)")
     write_notebook(books, "04-floods", "for i in range(30000): print(i)", COUNTS, ASSERT)
     kept: list[str] = []
-    assert make_report("quick", folder, notebooks=books, done=kept.append) == 1
+    assert make_report("quick", folder, notebooks=books, done=kept.append) == 5
     states = dict(re.findall(r"^(\d\d-\w+): (\w+)", "\n".join(kept), re.MULTILINE))
     assert states == {
         "00-good": "ok", "01-bad": "FAILED", "02-broken": "FAILED", "03-dies": "FAILED",
@@ -92,7 +92,7 @@ def test_one_that_fails_stops_no_other(tmp_path: Path) -> None:
 def test_a_notebook_that_does_not_end_is_stopped(tmp_path: Path) -> None:
     write_notebook(tmp_path, "00-hangs", "import time; time.sleep(600)")
     begun = time.monotonic()
-    assert make_report("quick", tmp_path / "reports", notebooks=tmp_path, time_limit_s=6.0) == 1
+    assert make_report("quick", tmp_path / "reports", notebooks=tmp_path, time_limit_s=6.0) == 5
     assert time.monotonic() - begun < 120
     index = plain((tmp_path / "reports" / "index.html").read_text())
     assert "It did not end within 6 s and was stopped." in index
@@ -148,7 +148,7 @@ def test_unreadable_parameters_are_refused(tmp_path: Path, content: str | None, 
 def test_a_wrong_value_is_told_in_a_sentence(tmp_path: Path) -> None:
     write_notebook(tmp_path, "00-good", COUNTS, ASSERT)
     given = {"changes": {"toy-counts": {"lost": "many"}}}
-    assert make_report("quick", tmp_path / "reports", notebooks=tmp_path, parameters=given) == 1
+    assert make_report("quick", tmp_path / "reports", notebooks=tmp_path, parameters=given) == 5
     index = plain((tmp_path / "reports" / "index.html").read_text())
     assert "BadInput: lost of toy-counts is of type int such as 7, not 'many'." in index
     page = (tmp_path / "reports" / "00-good.html").read_text()
