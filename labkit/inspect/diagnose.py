@@ -12,55 +12,41 @@ import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from labkit.errors import BadInput
+from labkit.inspect import code, content, kinds, pinned
+from labkit.inspect.code import Code
+from labkit.inspect.content import Content
+from labkit.inspect.diagnostic import Diagnostic
+from labkit.inspect.diagnostic import listed as _listed
+from labkit.inspect.kinds import Inside
+from labkit.inspect.pinned import Pin
 from labkit.kernel import attachments, btf, libbpf, objects
 from labkit.kernel.attachments import Standing, Survey
-from labkit.kernel.libbpf import MapFlag
+from labkit.kernel.btf import Field
+from labkit.kernel.libbpf import MapFlag, MapKind
 from labkit.kernel.maps import PER_CPU, Map, MapError, Snapshot
 from labkit.kernel.objects import MapObject, Objects, ProgramObject
-
-MOST_BYTES: Final = 256 << 20
-"""A larger map is not read whole."""
 
 _HASHES: Final = {"hash", "percpu_hash"}
 _LRU: Final = {"lru_hash", "lru_percpu_hash"}
 _ARRAYS: Final = {"array", "percpu_array"}
 _READ: Final = _HASHES | _LRU | _ARRAYS | {"lpm_trie"}
+_BOUNDED: Final = _HASHES | {"lpm_trie", "sockhash", "devmap_hash"}
 _STREAMS: Final = {"ringbuf", "user_ringbuf", "perf_event_array", "queue", "stack"}
 _PER_CPU: Final = {kind.name.lower() for kind in PER_CPU}
 _ALMOST_FULL: Final = 0.9
+_CPU_STOCK: Final = 128  # free elements that a CPU takes at once: kernel/bpf/bpf_lru_list.c
 _ENDED_BY_HOLDER: Final = {"raw_tracepoint", "tracing", "lsm", "kprobe", "tracepoint"}
 _MOST_TWINS: Final = 50
 _MOST_LISTED: Final = 4
 _MOST_USERS: Final = 20
 _NAME_BYTES: Final = 15
 _WIDTH: Final = 100
-
-
-@dataclass(frozen=True)
-class Diagnostic:
-    """One thing to know about a map.
-
-    Attributes
-    ----------
-    weight : str
-        ``cause``: it keeps somebody from the newest value as things stand. ``risk``: it will,
-        when the map is used in a certain way.
-    says, do : str
-        What is so, and what to do about it.
-    experiment : str
-        Id of the experiment that shows it.
-    """
-
-    weight: Literal["cause", "risk"]
-    says: str
-    do: str
-    experiment: str
 
 
 @dataclass(frozen=True)
@@ -78,7 +64,19 @@ class MapState:
     locked : bool
         The value has a ``bpf_spin_lock``, by its BTF.
     snapshot : Snapshot or None
-        Its entries; None where the type has none to read, or they are more than `MOST_BYTES`.
+        Its first entries; None where the type has none to read.
+    content : Content or None
+        How many entries there are, and how much of them was read.
+    inside : Inside
+        What is in force in a map that is no plain table.
+    key_fields : tuple of Field
+        Fields of the key, by the map's BTF.
+    codes : tuple of Code
+        What the programs that refer to it do with it.
+    pinned : tuple of Pin
+        Who may open its pins.
+    refused : str
+        Name of the error that reading the entries was answered.
     survey : Survey
         Where the programs run; by default nothing is known of that.
     """
@@ -89,6 +87,12 @@ class MapState:
     value_dtype: np.dtype[Any]
     locked: bool = False
     snapshot: Snapshot | None = None
+    content: Content | None = None
+    inside: Inside = kinds.NOTHING
+    key_fields: tuple[Field, ...] = ()
+    codes: tuple[Code, ...] = ()
+    pinned: tuple[Pin, ...] = ()
+    refused: str = ""
     survey: Survey = field(default_factory=Survey)
 
     @property
@@ -127,7 +131,8 @@ class Diagnosis:
 
     def __str__(self) -> str:
         """The map, who holds and uses it, and the diagnostics, for a terminal."""
-        return "\n".join([*_heading(self.state), *(_paragraph(one) for one in self.diagnostics)])
+        remarks = [_paragraph(one) for one in self.diagnostics]
+        return "\n".join([*_heading(self.state), *remarks, *_extent(self.state)])
 
     def as_json(self) -> dict[str, Any]:
         """The same for scripts."""
@@ -148,6 +153,10 @@ class Diagnosis:
                 for user in self.state.users(one.id)
             ],
             "held_by": self.state.objects.holders(one),
+            "inside": kinds.described(one, self.state.inside, self.state.objects),
+            "pinned": [str(pin) for pin in self.state.pinned],
+            "checked": checked(self.state),
+            "unseen": unseen(self.state),
             "diagnostics": [asdict(diagnostic) for diagnostic in self.diagnostics],
         }
 
@@ -213,20 +222,45 @@ def map_ids(which: str, now: Objects) -> list[int]:
 
 
 def _read(map_id: int, now: Objects, where: Survey) -> MapState:
+    one = now.maps[map_id]
+    emptied = one.kind == "prog_array" and not (one.program_ids or one.pins)
+    if emptied and one.pids:
+        # Whoever looks at all maps of the machine holds each of them, for a moment.
+        one = replace(one, pids=kinds.still_held_by(map_id, one.pids))
+        now = replace(now, maps={**now.maps, map_id: one})
+    raw = np.dtype(f"V{one.key_size}"), np.dtype(f"V{one.value_size}")
+    state = MapState(map_id, now, *raw, survey=where)
+    if one.kind.upper() not in MapKind.__members__:
+        return state
+    if emptied and not one.pids:
+        # To open and close it once more while the kernel clears it would keep it until the next
+        # boot: see `labkit.kernel.objects.snapshot`.
+        users = state.users(map_id)
+        inside = Inside(taken=0, owner=users[0].kind if users else "")
+        return replace(state, inside=inside, codes=tuple(code.look(users, now.maps)))
     with Map.from_id(map_id) as opened:
         info = libbpf.map_info(opened.fd)
-        one = now.maps[map_id]
-        slots = libbpf.possible_cpus() if one.kind in _PER_CPU else 1
-        small = one.max_entries * (one.key_size + one.value_size * slots) <= MOST_BYTES
-        return MapState(
+        found, refused = None, ""
+        if one.kind in _READ:
+            try:
+                found = content.read(opened)
+            except MapError as error:
+                refused = libbpf.error_name(error.errno or 0)
+        state = MapState(
             map_id,
             now,
             opened.key_dtype,
             opened.value_dtype,
             locked=btf.has_member_of(info.btf_id, info.btf_value_type_id, "bpf_spin_lock"),
-            snapshot=opened.snapshot() if one.kind in _READ and small else None,
+            snapshot=found.snapshot if found else None,
+            content=found,
+            inside=kinds.look(opened),
+            key_fields=btf.fields_of(info.btf_id, info.btf_key_type_id),
+            pinned=tuple(pinned.look(one.pins)),
+            refused=refused,
             survey=where,
         )
+    return replace(state, codes=tuple(code.look(state.users(map_id), now.maps)))
 
 
 # -- judging -----------------------------------------------------------------------------
@@ -251,6 +285,11 @@ def diagnostics(state: MapState) -> Iterator[Diagnostic]:
     yield from _of_its_room(state)
     yield from _of_its_values(state)
     yield from _of_its_kind(state)
+    users = [one.id for one in state.users(state.map_id)]
+    yield from kinds.judge(state.map, state.inside, state.objects, users)
+    yield from code.judge(state.map, state.codes, state.objects.maps)
+    if state.inside.taken and state.inside.complete:
+        yield from code.judge_jumps(state.map, state.codes, dict(state.inside.elements))
 
 
 def _of_its_name(state: MapState) -> Iterator[Diagnostic]:
@@ -439,7 +478,7 @@ def _is_constants(one: MapObject) -> bool:
 def _of_its_readers(state: MapState) -> Iterator[Diagnostic]:
     one = state.map
     users, outer = state.users(one.id), state.outer(one.id)
-    if not users and one.kind not in _STREAMS:
+    if not users and one.kind not in _STREAMS | {"struct_ops"}:
         yield Diagnostic(
             "risk",
             "No program refers to this map, itself or through a map of maps.",
@@ -521,13 +560,16 @@ def _of_nowhere(state: MapState, users: list[ProgramObject]) -> Diagnostic:
 
 
 def _of_its_keys(state: MapState) -> Iterator[Diagnostic]:
+    if state.snapshot is not None and state.map.kind in _HASHES | _LRU:
+        yield from content.left_over_texts(state.snapshot.keys, state.key_fields)
+        yield from content.other_byte_order(state.snapshot.keys, state.key_fields)
     gaps = padding(state.key_dtype)
     if not gaps.any() or state.map.kind in _ARRAYS:
         return
     clear = "Set the whole key to zero before its fields, or declare the padding as fields."
     dirty = same = 0
     if state.snapshot is not None and len(state.snapshot):
-        raw = _bytes_of(state.snapshot.keys)
+        raw = content.bytes_of(state.snapshot.keys)
         dirty = int(raw[:, gaps].any(axis=1).sum())
         same = len(raw) - len(np.unique(raw[:, ~gaps], axis=0))
     if dirty:
@@ -552,28 +594,25 @@ def _of_its_keys(state: MapState) -> Iterator[Diagnostic]:
 
 def _of_its_room(state: MapState) -> Iterator[Diagnostic]:
     one, entries = state.map, _entries(state)
-    share = 0.0 if entries is None else entries / one.max_entries
+    share = entries / one.max_entries if entries and one.max_entries else 0.0
     full = f"{entries:,} of {one.max_entries:,} entries" if entries is not None else ""
     if one.kind in _LRU:
-        almost = share >= _ALMOST_FULL
         yield Diagnostic(
-            "cause" if almost else "risk",
-            f"With {full} it evicts keys that nobody deleted, at each insertion."
-            if almost
-            else "It is an LRU map: near its end it evicts keys that nobody deleted"
-            + (
-                ", and with lists for each CPU already at a CPU's share."
-                if one.flags & MapFlag.NO_COMMON_LRU
-                else "."
-            ),
+            "risk",
+            _of_evictions(state, full, share),
             "Take an absent key for unknown, not for denied; give it twice the entries that must "
             "stay, and 128 for each CPU.",
             "lru-eviction",
         )
-    elif one.kind in _HASHES | {"lpm_trie"} and share >= 1:
+    elif one.kind in _BOUNDED and share >= _ALMOST_FULL:
+        error = "ENOSPC" if one.kind == "lpm_trie" else "E2BIG"
+        left = one.max_entries - (entries or 0)
         yield Diagnostic(
-            "cause",
-            f"It is full ({full}): a new key is answered E2BIG and is not stored.",
+            "cause" if left <= 0 else "risk",
+            f"It is full ({full}): a new key is answered {error} and is not stored."
+            if left <= 0
+            else f"It is almost full: {full}, room for {left:,} more; after them a new key is "
+            f"answered {error} and is not stored.",
             "Heed the answer of each update, in programs too, and give the map more room.",
             "ignored-answers",
         )
@@ -587,8 +626,28 @@ def _of_its_room(state: MapState) -> Iterator[Diagnostic]:
         )
 
 
+def _of_evictions(state: MapState, full: str, share: float) -> str:
+    one, cpus = state.map, libbpf.possible_cpus()
+    apart = bool(one.flags & MapFlag.NO_COMMON_LRU)
+    if share >= _ALMOST_FULL:
+        words = f"With {full} it evicts keys that nobody deleted, to make room for new ones."
+    else:
+        words = "It is an LRU map: near its end it evicts keys that nobody deleted"
+        words += ", and with lists for each CPU already at a CPU's share." if apart else "."
+    if not apart and one.max_entries < _CPU_STOCK * cpus:
+        words += (
+            f" It is small, {one.max_entries:,} entries for {cpus} possible CPUs: each CPU keeps a "
+            f"stock of free entries for itself, up to {_CPU_STOCK}, and one whose stock is used up "
+            "evicts before the map is full."
+        )
+    return words
+
+
 def _of_its_values(state: MapState) -> Iterator[Diagnostic]:
     one = state.map
+    if state.snapshot is not None and one.kind in _HASHES | _LRU | _ARRAYS:
+        values, gaps = state.snapshot.values, padding(state.value_dtype)
+        yield from content.left_over_padding(values, gaps, per_cpu=one.kind in _PER_CPU)
     if state.locked:
         yield Diagnostic(
             "risk",
@@ -607,9 +666,20 @@ def _of_its_values(state: MapState) -> Iterator[Diagnostic]:
         unlike = ""
         if state.snapshot is not None and len(state.snapshot):
             values = state.snapshot.values
-            slots = _bytes_of(values).reshape(len(values), values.shape[1], -1)
+            slots = content.bytes_of(values).reshape(len(values), values.shape[1], -1)
             differ = int((slots != slots[:, :1]).any(axis=(1, 2)).sum())
             unlike = f" They are not alike in {differ:,} of {len(values):,} entries."
+        slot = -(-one.value_size // 8) * 8
+        if one.value_size % 8:
+            yield Diagnostic(
+                "risk",
+                f"A value has {one.value_size} bytes, and its slot takes {slot} bytes for each "
+                "CPU: who hands over or reads the values side by side mixes up the CPUs, or goes "
+                "on beyond the end of what was written.",
+                f"Give bpf(2) {slot} bytes for each possible CPU, {slot * libbpf.possible_cpus()} "
+                "here.",
+                "per-cpu-stride",
+            )
         yield Diagnostic(
             "risk",
             "It has a value for each CPU: a program's update changes that of its own CPU alone, "
@@ -663,30 +733,55 @@ def padding(dtype: np.dtype[Any]) -> npt.NDArray[np.bool_]:
     return gaps
 
 
-def _bytes_of(rows: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """The bytes of an array, one row for each of its first axis, padding as it stands."""
-    return np.frombuffer(rows.tobytes(), np.uint8).reshape(len(rows), -1)
-
-
 def _entries(state: MapState) -> int | None:
     if state.map.kind in _ARRAYS:
         return state.map.max_entries
-    return None if state.snapshot is None else len(state.snapshot)
+    if state.content is not None:
+        return state.content.counted
+    return state.inside.taken if state.snapshot is None else len(state.snapshot)
+
+
+def checked(state: MapState) -> list[str]:
+    """What a diagnosis of this map rests on, in words."""
+    found = ["its type, flags, layout, holders and pins, and the programs that refer to it"]
+    if state.content is not None:
+        found.append(str(state.content))
+    elif state.inside.taken is not None:
+        found.append(f"what is in force: {_room(state)}")
+    if followed := [str(one.program.id) for one in state.codes if one.followed]:
+        found.append(f"the instructions of program {_listed(followed)}")
+    return found
+
+
+def unseen(state: MapState) -> list[str]:
+    """What could not be looked at, in words."""
+    one, found = state.map, []
+    if state.refused:
+        found.append(f"its entries: the kernel answered {state.refused}")
+    if state.content is not None:
+        if not state.content.whole:
+            found.append("what lies behind the entries that were counted: time was up")
+        if not state.key_fields and one.kind in _HASHES | _LRU:
+            found.append("the fields of its keys: no BTF tells them")
+        if state.value_dtype.kind == "V" and not state.value_dtype.names:
+            found.append(
+                "the fields of its values: no BTF tells them, or it has unions or bit fields"
+            )
+    return [*found, *kinds.unseen(one, state.inside), *code.unseen(state.codes)]
 
 
 # -- words -------------------------------------------------------------------------------
 
 
 def _heading(state: MapState) -> list[str]:
-    one, entries = state.map, _entries(state)
-    room = f"{one.max_entries:,} entries" if entries is None else (
-        f"{entries:,} of {one.max_entries:,} entries"
-    )  # fmt: skip
+    one = state.map
     lines = [
         f"map {one.id} {one.name or '(no name)'}: {one.kind}, key {one.key_size} B, "
-        f"value {one.value_size} B, {room}, {one.memlock_bytes:,} B of memory",
+        f"value {one.value_size} B, {_room(state)}, {one.memlock_bytes:,} B of memory",
         f"  held by  {', '.join(state.objects.holders(one)) or 'no process and no pin in sight'}",
     ]
+    lines += [f"  pinned   {pin}" for pin in state.pinned]
+    lines += [f"  inside   {words}" for words in kinds.described(one, state.inside, state.objects)]
     users = state.users(one.id)
     for user in users[:_MOST_USERS]:
         head = f"  used by  program {user.id} {user.name} ({user.kind})"
@@ -706,16 +801,31 @@ def _heading(state: MapState) -> list[str]:
     return lines if users else [*lines, "  used by  no program"]
 
 
+def _room(state: MapState) -> str:
+    one, entries = state.map, _entries(state)
+    unit = kinds.unit(one.kind)
+    if entries is None or not one.max_entries:
+        words = f"room for {one.max_entries:,} {unit}" if one.max_entries else "no fixed room"
+        return words if entries is None else f"{entries:,} {unit}, {words}"
+    more = (state.content is not None and not state.content.whole) or not state.inside.complete
+    return f"{entries:,}{' or more' if more else ''} of {one.max_entries:,} {unit}"
+
+
+def _extent(state: MapState) -> Iterator[str]:
+    for title, words in (("checked", checked(state)), ("unseen", unseen(state))):
+        if words:
+            yield textwrap.fill(
+                "; ".join(words) + ".", _WIDTH, initial_indent=f"  {title:7}  ",
+                subsequent_indent=" " * 11,
+            )  # fmt: skip
+
+
 def _paragraph(diagnostic: Diagnostic) -> str:
+    shown = f" (python -m labkit run {diagnostic.experiment})" if diagnostic.experiment else ""
     return "\n".join(
         textwrap.fill(words, _WIDTH, initial_indent=first, subsequent_indent=" " * 9)
         for first, words in (
             (f"  {diagnostic.weight:5}  ", diagnostic.says),
-            (" " * 9, f"{diagnostic.do} (python -m labkit run {diagnostic.experiment})"),
+            (" " * 9, diagnostic.do + shown),
         )
     )
-
-
-def _listed(items: list[Any]) -> str:
-    words = [str(item) for item in items]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

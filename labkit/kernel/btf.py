@@ -10,19 +10,48 @@ import functools
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from labkit.errors import Unavailable
+from labkit.errors import BadInput, Unavailable
 from labkit.kernel import libbpf
 
-_INT, _ARRAY, _STRUCT, _ENUM, _FUNCTION, _FLOAT = 1, 3, 4, 6, 12, 16
+_INT, _POINTER, _ARRAY, _STRUCT, _ENUM, _FUNCTION, _FLOAT = 1, 2, 3, 4, 6, 12, 16
 _WORDS = struct.Struct("=III")  # the head of every type, each member, and an array
+_SIGNED: Final = 1 << 24
+_DEEPEST: Final = 32  # the kernel takes no deeper nesting (kernel/bpf/btf.c, MAX_RESOLVE_DEPTH)
+_MOST_FIELDS: Final = 256
+_MOST_MEMBERS: Final = 4096
 
 
 class _Inexpressible(Exception):
-    """NumPy has no dtype for this type."""
+    """NumPy has no dtype for this type, or the BTF contradicts itself."""
+
+
+class Field(NamedTuple):
+    """One field of a type, nested structs opened.
+
+    Attributes
+    ----------
+    path : str
+        As in C: ``inner.name``, ``ends[1].port``; empty where the type is no struct.
+    type_name : str
+        ``u32``, ``char[8]``; ``bytes[12]`` for what is not opened (a union, bit fields).
+    offset, size : int
+        Bytes, from the start of the type.
+    is_text : bool
+        An array of ``char``.
+    is_integer : bool
+        One integer, no bit field.
+    """
+
+    path: str
+    type_name: str
+    offset: int
+    size: int
+    is_text: bool
+    is_integer: bool
 
 
 class _Type(NamedTuple):
@@ -56,13 +85,79 @@ def dtype_of(btf_id: int, type_id: int) -> np.dtype[Any] | None:
     numpy.dtype or None
         Integers and floats that NumPy does not have are raw bytes. None where the map has no
         BTF, or the type has no NumPy counterpart (a union, bit fields, a pointer, two fields of
-        one name).
+        one name, more than 4,096 fields).
     """
     with _of_map(btf_id, type_id) as types:
-        try:
-            return _layout(types, type_id) if types else None
-        except _Inexpressible:
-            return None
+        return dtype_in(types, type_id) if types else None
+
+
+def dtype_in(types: int, type_id: int) -> np.dtype[Any] | None:
+    """Layout of a type in BTF that is open: see `dtype_of` and `opened`."""
+    try:
+        return _layout(types, type_id, {})
+    except _Inexpressible:
+        return None
+
+
+def fields_of(btf_id: int, type_id: int) -> tuple[Field, ...]:
+    """Fields of a BTF type, in the order of the C struct.
+
+    Parameters
+    ----------
+    btf_id, type_id : int
+        As for `dtype_of`.
+
+    Returns
+    -------
+    tuple of Field
+        256 at most. Empty where the map has no BTF, or its BTF contradicts itself.
+    """
+    with _of_map(btf_id, type_id) as types:
+        return fields_in(types, type_id) if types else ()
+
+
+def fields_in(types: int, type_id: int) -> tuple[Field, ...]:
+    """Fields of a type in BTF that is open: see `fields_of` and `opened`."""
+    found: list[Field] = []
+    try:
+        for one in _fields(types, type_id, "", 0, 0):
+            found.append(one)
+            if len(found) == _MOST_FIELDS:
+                break
+    except _Inexpressible:
+        return ()
+    return tuple(found)
+
+
+@contextmanager
+def opened(raw: bytes) -> Iterator[int]:
+    """Open BTF that stands in memory, as an object file or ``/sys/kernel/btf`` has it.
+
+    Parameters
+    ----------
+    raw : bytes
+        Header, types and strings.
+
+    Yields
+    ------
+    int
+        libbpf's handle, for `dtype_in` and `fields_in`.
+
+    Raises
+    ------
+    BadInput
+        These bytes are no BTF.
+    """
+    lib = libbpf.api()
+    types = lib.btf__new(raw, len(raw))
+    if not types:
+        raise BadInput(
+            f"These {len(raw):,} bytes are no BTF: give the section .BTF of an object file."
+        )
+    try:
+        yield types
+    finally:
+        lib.btf__free(types)
 
 
 def has_member_of(btf_id: int, type_id: int, struct_name: str) -> bool:
@@ -76,9 +171,14 @@ def has_member_of(btf_id: int, type_id: int, struct_name: str) -> bool:
         Of the member's type.
     """
     with _of_map(btf_id, type_id) as types:
-        if not types or (one := _resolved(types, type_id)).kind != _STRUCT:
+        if not types:
             return False
-        return any(_type(types, of.type_id).name == struct_name for of in _members(types, one))
+        try:
+            one = _resolved(types, type_id)
+            members = _members(types, one) if one.kind == _STRUCT else ()
+            return any(_type(types, of.type_id).name == struct_name for of in members)
+        except _Inexpressible:
+            return False
 
 
 @functools.cache
@@ -170,6 +270,8 @@ def _of_map(btf_id: int, type_id: int) -> Iterator[int | None]:
 
 def _type(types: int, type_id: int) -> _Type:
     at = libbpf.api().btf__type_by_id(types, type_id)
+    if not at:
+        raise _Inexpressible(f"there is no type {type_id}")
     name, info, size = _WORDS.unpack(ctypes.string_at(at, _WORDS.size))
     return _Type(
         _name(types, name),
@@ -196,25 +298,46 @@ def _members(types: int, one: _Type) -> Iterator[_Member]:
 
 
 def _name(types: int, offset: int) -> str:
-    return libbpf.shown(libbpf.api().btf__name_by_offset(types, offset))
+    found = libbpf.api().btf__name_by_offset(types, offset)
+    if found is None:
+        raise _Inexpressible(f"there is no name at {offset}")
+    return libbpf.shown(found)
 
 
-def _layout(types: int, type_id: int) -> np.dtype[Any]:
+def _layout(
+    types: int, type_id: int, known: dict[int, np.dtype[Any]], depth: int = 0
+) -> np.dtype[Any]:
+    """Layout of a type; ``known`` has those that were met before, however often they are nested."""
+    if type_id not in known:
+        if depth > _DEEPEST:
+            raise _Inexpressible("nested too deep, or within itself")
+        try:
+            known[type_id] = _new_layout(types, type_id, known, depth)
+        except (ValueError, TypeError, OverflowError, MemoryError) as error:
+            raise _Inexpressible(str(error)) from None  # a member outside, a size beyond an int
+    return known[type_id]
+
+
+def _new_layout(
+    types: int, type_id: int, known: dict[int, np.dtype[Any]], depth: int
+) -> np.dtype[Any]:
     one = _resolved(types, type_id)
     if one.kind == _INT:
-        encoding = ctypes.c_uint32.from_address(one.behind).value
+        encoding = _integer_encoding(one)
         if encoding & 0xFF != one.size * 8:
             raise _Inexpressible("an integer with some bits of its bytes: an old bit field")
-        return _number("i" if encoding >> 24 & 1 else "u", one.size)
+        return _number("i" if encoding & _SIGNED else "u", one.size)
     if one.kind == _ENUM:
         return _number("u", one.size)
     if one.kind == _FLOAT:
         return _number("f", one.size)
     if one.kind == _ARRAY:
-        element, _, count = _WORDS.unpack(ctypes.string_at(one.behind, _WORDS.size))
-        return np.dtype((_layout(types, element), (count,)))
+        element, count = _element(one)
+        return np.dtype((_layout(types, element, known, depth + 1), (count,)))
     if one.kind != _STRUCT:
         raise _Inexpressible(f"BTF kind {one.kind}")
+    if one.members > _MOST_MEMBERS:
+        raise _Inexpressible("more members than any table has columns")
     members = list(_members(types, one))
     names = [member.name or f"_anonymous{i}" for i, member in enumerate(members)]
     if len(set(names)) < len(names) or any(of.width or of.offset % 8 for of in members):
@@ -222,7 +345,7 @@ def _layout(types: int, type_id: int) -> np.dtype[Any]:
     return np.dtype(
         {
             "names": names,
-            "formats": [_layout(types, member.type_id) for member in members],
+            "formats": [_layout(types, member.type_id, known, depth + 1) for member in members],
             "offsets": [member.offset // 8 for member in members],
             "itemsize": one.size,
         }
@@ -234,3 +357,66 @@ def _number(kind: str, size: int) -> np.dtype[Any]:
         return np.dtype(f"{kind}{size}")
     except TypeError:  # an integer of 3 or 16 bytes, a float of 12
         return np.dtype(f"V{size}")
+
+
+def _integer_encoding(one: _Type) -> int:
+    return ctypes.c_uint32.from_address(one.behind).value
+
+
+def _element(one: _Type) -> tuple[int, int]:
+    """Type of an array's elements, and how many there are."""
+    element, _, count = _WORDS.unpack(ctypes.string_at(one.behind, _WORDS.size))
+    return element, count
+
+
+def _fields(types: int, type_id: int, path: str, at: int, depth: int) -> Iterator[Field]:
+    if depth > _DEEPEST:
+        raise _Inexpressible("nested too deep, or within itself")
+    one = _resolved(types, type_id)
+    # Each step tells of one field at least, so that whoever stops at a number of them ends.
+    if one.kind == _STRUCT and one.members:
+        for i, member in enumerate(_members(types, one)):
+            inner = ".".join(filter(None, (path, member.name or f"_anonymous{i}")))
+            start = at + member.offset // 8
+            if member.width or member.offset % 8:
+                size = -(-(member.offset % 8 + member.width) // 8)
+                yield _opaque(inner, start, size)
+            else:
+                yield from _fields(types, member.type_id, inner, start, depth + 1)
+    elif one.kind == _ARRAY:
+        yield from _elements(types, one, path, at, depth)
+    elif one.kind in (_INT, _ENUM):
+        whole = one.kind == _ENUM or _integer_encoding(one) & 0xFF == one.size * 8
+        sign = "i" if one.kind == _INT and _integer_encoding(one) & _SIGNED else "u"
+        yield Field(path, f"{sign}{8 * one.size}", at, one.size, False, whole)
+    elif one.kind == _FLOAT:
+        yield Field(path, f"f{8 * one.size}", at, one.size, False, False)
+    else:
+        yield _opaque(path, at, _size(types, type_id, depth))
+
+
+def _elements(types: int, one: _Type, path: str, at: int, depth: int) -> Iterator[Field]:
+    element, count = _element(one)
+    inner, size = _resolved(types, element), _size(types, element, depth + 1)
+    if inner.kind == _STRUCT and size and count:
+        for i in range(min(count, _MOST_FIELDS)):
+            yield from _fields(types, element, f"{path}[{i}]", at + i * size, depth + 1)
+    elif inner.kind == _INT and inner.name == "char" and inner.size == 1:
+        yield Field(path, f"char[{count}]", at, count, True, False)
+    else:
+        yield _opaque(path, at, size * count)
+
+
+def _opaque(path: str, at: int, size: int) -> Field:
+    return Field(path, f"bytes[{size}]", at, size, False, False)
+
+
+def _size(types: int, type_id: int, depth: int) -> int:
+    """Bytes of a type; a pointer has eight."""
+    if depth > _DEEPEST:
+        raise _Inexpressible("nested too deep, or within itself")
+    one = _resolved(types, type_id)
+    if one.kind == _ARRAY:
+        element, count = _element(one)
+        return count * _size(types, element, depth + 1)
+    return 8 if one.kind == _POINTER else one.size

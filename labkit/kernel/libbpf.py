@@ -11,6 +11,7 @@ import ctypes
 import errno
 import functools
 import os
+import struct
 from ctypes import byref, c_char, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from enum import IntEnum, IntFlag
 from typing import Any
@@ -136,6 +137,8 @@ class AttachType(IntEnum):
 
 
 PROGRAM_SLEEPABLE = 1 << 4
+
+_LINE = 80  # characters of a source line that are kept
 
 INSTRUCTION = np.dtype([("code", "u1"), ("registers", "u1"), ("offset", "i2"), ("immediate", "i4")])
 """``struct bpf_insn``."""
@@ -358,6 +361,7 @@ _ANSWERS_POINTER: dict[str, tuple[Any, ...]] = {
     "bpf_object__find_map_by_name": (c_void_p, c_char_p),
     "bpf_object__find_program_by_name": (c_void_p, c_char_p),
     "btf__load_vmlinux_btf": (),
+    "btf__new": (c_char_p, c_uint32),
     "btf__load_from_kernel_by_id": (c_uint32,),
     "btf__type_by_id": (c_void_p, c_uint32),
     "btf__raw_data": (c_void_p, c_void_p),
@@ -644,6 +648,41 @@ def prog_instructions(fd: int) -> npt.NDArray[np.void]:
     body = ctypes.create_string_buffer(max(size, 1))
     object_info(fd, ProgInfo(xlated_prog_len=size, xlated_prog_insns=ctypes.addressof(body)))
     return np.frombuffer(body.raw[:size], INSTRUCTION)
+
+
+def prog_lines(fd: int) -> dict[int, str]:
+    """Source lines of a program that was built with debug information.
+
+    Returns
+    -------
+    dict
+        By the index of an instruction at which a line begins: ``file:number: text``. Empty where
+        the program has no line information.
+
+    Raises
+    ------
+    OSError
+        The kernel does not show it to this user.
+    """
+    known = prog_info(fd)
+    count, size = known.nr_line_info, known.line_info_rec_size
+    if not count or not known.btf_id:
+        return {}
+    raw = ctypes.create_string_buffer(count * size)
+    info = ProgInfo(nr_line_info=count, line_info_rec_size=size, line_info=ctypes.addressof(raw))
+    object_info(fd, info)
+    types = api().btf__load_from_kernel_by_id(known.btf_id)
+    try:
+        lines = {}
+        for begin in range(0, info.nr_line_info * size, size):
+            at, file, text, place = struct.unpack_from("=IIII", raw, begin)
+            words = [api().btf__name_by_offset(types, one) or b"" for one in (file, text)]
+            name, line = (shown(one.strip()) for one in words)
+            if line and place >> 10:
+                lines[at] = f"{os.path.basename(name)}:{place >> 10}: {line[:_LINE]}"
+        return lines
+    finally:
+        api().btf__free(types)
 
 
 def shown(name: bytes) -> str:

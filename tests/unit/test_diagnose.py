@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from labkit.errors import BadInput
-from labkit.inspect.diagnose import Diagnosis, Diagnostic, MapState, diagnostics, map_ids, padding
+from labkit.inspect.diagnose import Diagnosis, MapState, diagnostics, map_ids, padding
+from labkit.inspect.diagnostic import Diagnostic
+from labkit.kernel import libbpf
 from labkit.kernel.attachments import Attachment, Standing, Survey
 from labkit.kernel.libbpf import MapFlag
 from labkit.kernel.maps import Snapshot
@@ -286,7 +288,7 @@ def test_left_over_bytes_in_the_padding_of_keys_are_counted() -> None:
         ({"kind": "hash"}, 4, "ignored-answers", "cause"),
         ({"kind": "hash"}, 3, "transient-null", "risk"),
         ({"kind": "hash", "flags": int(MapFlag.NO_PREALLOC)}, 0, "no-prealloc", "risk"),
-        ({"kind": "lru_hash"}, 4, "lru-eviction", "cause"),
+        ({"kind": "lru_hash"}, 4, "lru-eviction", "risk"),  # full by design: a cache, connections
         ({"kind": "lru_hash"}, 1, "lru-eviction", "risk"),
         ({"value_size": 16}, 0, "torn-reads", "risk"),
         ({"frozen": True}, 0, "rodata-folded", "cause"),
@@ -301,6 +303,33 @@ def test_each_property_has_its_remark(
     assert (
         said(facts(made(1, **changes), programs=(program(7, 1),), keys=keys))[experiment] == weight
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys", "words"),
+    [
+        ({"max_entries": 100}, 60, "100 entries for 2 possible CPUs"),
+        ({"max_entries": 1000}, 60, "near its end it evicts"),
+        ({"max_entries": 1000}, 950, "With 950 of 1,000 entries it evicts"),
+        ({"max_entries": 100}, 95, "With 95 of 100 entries it evicts"),
+        ({"max_entries": 100}, 95, "100 entries for 2 possible CPUs"),
+        ({"max_entries": 100, "flags": int(MapFlag.NO_COMMON_LRU)}, 60, "at a CPU's share"),
+    ],
+)
+def test_an_lru_map_says_when_it_evicts(
+    changes: dict[str, Any], keys: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libbpf, "possible_cpus", lambda: 2)
+    found = diagnostics(facts(made(1, kind="lru_hash", **changes), layout="u4", keys=keys))
+    (one,) = (each for each in found if each.experiment == "lru-eviction")
+    assert one.weight == "risk" and words in one.says and "E2BIG" not in one.says
+
+
+@pytest.mark.parametrize(("size", "told"), [(2, 8), (12, 16), (8, 0), (24, 0)])
+def test_a_value_of_each_cpu_that_is_no_multiple_of_eight(size: int, told: int) -> None:
+    table = made(1, kind="percpu_array", value_size=size)
+    found = said(facts(table, programs=(program(7, 1),), value=f"V{size}"))
+    assert ("per-cpu-stride" in found) == bool(told)
 
 
 def test_slots_of_cpus_that_differ_are_counted() -> None:
