@@ -1,0 +1,192 @@
+"""The event path in C: ``native.c`` beside this file, compiled at first use and loaded by ctypes.
+
+ctypes gives the interpreter's lock back during each call. Where the file cannot be compiled, or
+``LABKIT_NATIVE=0``, NumPy does the same, slower: `library` is the one place where this is decided,
+and `state` says how it came out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from ctypes import POINTER, Structure, c_int, c_int64, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from labkit.kernel import tools
+
+SOURCE: Final = Path(__file__).with_suffix(".c")
+"""The one file of C that is no BPF program."""
+
+KEPT: Final = Path(__file__).parents[2] / ".lab" / "native"
+"""Where what was compiled is kept, by the digest of source, compiler and flags."""
+
+FLAGS: Final = ("-std=c11", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror")
+
+SWITCH: Final = "LABKIT_NATIVE"
+"""Environment variable; ``0`` has NumPy do everything."""
+
+PLACE: Final = np.dtype([("start", "u8"), ("size", "u8")])
+"""``struct place``: where a record of any size stands in the array that holds it."""
+
+_COMPILERS: Final = ("clang-14", "clang")
+_COMPILE_LIMIT_S: Final = 60.0
+_MOST_KEPT: Final = 8
+
+
+class Ring(Structure):
+    """``struct ring``: a mapped ring, and where we read on."""
+
+    _fields_ = (
+        ("consumer", c_void_p),
+        ("producer", c_void_p),
+        ("data", c_void_p),
+        ("capacity", c_uint64),
+        ("position", c_uint64),
+        ("discarded", c_uint64),
+        ("refused", c_int64),
+        ("fd", c_int64),
+    )
+
+
+class Table(Structure):
+    """``struct table``: rows and slots of a replica."""
+
+    _fields_ = (
+        ("rows", c_void_p),
+        ("slots", c_void_p),
+        ("mask", c_uint64),
+        ("room", c_uint64),
+        ("used", c_uint64),
+        ("live", c_uint64),
+        ("complete_ns", c_uint64),
+        ("row_bytes", c_uint64),
+        ("key_bytes", c_uint64),
+        ("words", c_uint64),
+        ("value_at", c_uint64),
+        ("value_bytes", c_uint64),
+    )
+
+
+class Diff(Structure):
+    """``struct diff``: entries of a snapshot, and what they changed so far."""
+
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("versions", c_void_p),
+        ("count", c_uint64),
+        ("done", c_uint64),
+        ("started_ns", c_uint64),
+        ("rows", c_void_p),
+        ("newer", c_void_p),
+        ("news", c_uint64),
+        ("steps", c_uint64),
+    )
+
+
+_FUNCTIONS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
+    "lab_ring_wait": (c_int, (POINTER(Ring), c_int64)),
+    "lab_ring_take": (c_int64, (POINTER(Ring), c_void_p, c_uint64, c_uint64)),
+    "lab_ring_take_any": (c_int64, (POINTER(Ring), c_void_p, c_uint64, c_void_p, c_uint64)),
+    "lab_table_find": (None, (POINTER(Table), c_void_p, c_int64, c_uint64, c_void_p)),
+    "lab_table_index": (None, (POINTER(Table), c_uint64)),
+    "lab_table_apply": (
+        c_uint64, (POINTER(Table), c_void_p, c_int64, c_uint64, c_uint64, c_void_p),
+    ),
+    "lab_table_diff": (None, (POINTER(Table), POINTER(Diff))),
+    "lab_events_number": (
+        c_int, (c_void_p, c_uint64, c_uint64, c_uint64, c_uint64, c_void_p, c_void_p, c_void_p),
+    ),
+}  # fmt: skip
+
+
+def library() -> Any | None:
+    """The compiled file with the types of its functions; None: NumPy has to do it."""
+    return None if os.environ.get(SWITCH) == "0" else _found()[0]
+
+
+def state() -> str:
+    """Who does the work of the event path, and why.
+
+    Returns
+    -------
+    str
+        Such as ``compiled by clang-14``, or ``NumPy: clang is missing``.
+    """
+    if os.environ.get(SWITCH) == "0":
+        return f"NumPy: {SWITCH}=0"
+    found, said = _found()
+    return f"NumPy: {said}" if found is None else said
+
+
+def address(array: npt.NDArray[Any]) -> int:
+    """Address of an array's first element; the array has to outlive its use."""
+    return int(array.__array_interface__["data"][0])
+
+
+def bound(path: Path) -> Any:
+    """Load a compiled file.
+
+    Raises
+    ------
+    OSError
+        It cannot be loaded.
+    """
+    loaded = ctypes.CDLL(str(path))
+    for name, (answer, arguments) in _FUNCTIONS.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = answer, arguments
+    return loaded
+
+
+@functools.cache
+def _found() -> tuple[Any | None, str]:
+    """The library, and a word on where it comes from or why there is none."""
+    compiler = tools.find_tool(*_COMPILERS)
+    if compiler is None:
+        return None, "clang is missing; make setup installs it"
+    name = Path(compiler).name
+    parts = "\0".join((SOURCE.read_text(), compiler, platform.machine(), *FLAGS))
+    kept = KEPT / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.so"
+    try:
+        with contextlib.suppress(OSError):  # not there yet, or not whole
+            return bound(kept), f"compiled by {name}"
+        _compile(compiler, kept)
+        return bound(kept), f"compiled by {name}"
+    except subprocess.TimeoutExpired:
+        return None, f"{name} did not compile {SOURCE.name} within {_COMPILE_LIMIT_S:g} s"
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in str(error.stderr).splitlines() if "error" in line]
+        reason = lines[0] if lines else f"status {error.returncode}"
+        return None, f"{name} does not compile {SOURCE.name}: {reason}"
+    except OSError as error:
+        return None, f"{SOURCE.name} cannot be compiled into .lab: {error.strerror or error}"
+
+
+def _compile(compiler: str, kept: Path) -> None:
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=KEPT, prefix="partial-") as folder:
+        made = Path(folder, kept.name)
+        subprocess.run(
+            [compiler, *FLAGS, str(SOURCE), "-o", str(made)], stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, errors="replace", check=True, timeout=_COMPILE_LIMIT_S,
+        )  # fmt: skip
+        made.replace(kept)  # whole or not at all, whoever compiles it at the same time
+    by_age = sorted(KEPT.glob("*.so"), key=lambda file: file.stat().st_mtime)
+    for file in by_age[:-_MOST_KEPT]:
+        file.unlink(missing_ok=True)
+    for left in KEPT.glob("partial-*"):  # of a process that was killed while it compiled
+        if left.stat().st_mtime < time.time() - 2 * _COMPILE_LIMIT_S:
+            shutil.rmtree(left, ignore_errors=True)
