@@ -203,9 +203,15 @@ struct row {
 	u64 key[];  // whole words, the rest zero; behind it the value
 };
 
+/* A slot tells more of the key than its place does, so that rows of other keys are not looked at. */
+struct slot {
+	int32_t row;
+	u32 tag;
+};
+
 struct table {
 	u8 *rows;
-	int32_t *slots;
+	struct slot *slots;
 	u64 mask;  // number of slots - 1
 	u64 room;  // rows, half as many as slots at most
 	u64 used;
@@ -228,10 +234,11 @@ struct change {
 	u8 key[];
 };
 
-/* Keys of one block, and where each is looked for. */
-struct keys {
-	u64 slot[BLOCK];
-	const u8 *raw[BLOCK];
+/* A key, and where it is looked for. */
+struct sought {
+	const u8 *raw;
+	u64 slot;
+	u32 tag;
 };
 
 static inline struct row *row_at(const struct table *table, u64 at)
@@ -254,13 +261,13 @@ static inline u64 word_of(const struct table *table, const u8 *key, u64 at)
 }
 
 /* Replica._first_slots */
-static inline u64 first_slot(const struct table *table, const u8 *key)
+static inline struct sought hashed(const struct table *table, const u8 *key)
 {
 	u64 mixed = word_of(table, key, 0) * MIX;
 
 	for (u64 at = 1; at < table->words; at++)
 		mixed = (mixed ^ (mixed >> 29) ^ word_of(table, key, at)) * MIX;
-	return (mixed >> 32) & table->mask;
+	return (struct sought){ key, (mixed >> 32) & table->mask, (u32)mixed };
 }
 
 static inline int is_key(const struct table *table, const struct row *row, const u8 *key)
@@ -271,21 +278,32 @@ static inline int is_key(const struct table *table, const struct row *row, const
 	return 1;
 }
 
-/* Row of a key, and its slot, or the free one where it belongs: half of them are free. */
-static inline i64 find(const struct table *table, const u8 *key, u64 *slot)
+/* The next slot that is free or has the tag; half of them are free. */
+static inline struct slot next(const struct table *table, struct sought *sought)
 {
-	for (;; *slot = (*slot + 1) & table->mask) {
-		int32_t at = table->slots[*slot];
+	for (;; sought->slot = (sought->slot + 1) & table->mask) {
+		struct slot slot = table->slots[sought->slot];
 
-		if (at == EMPTY || is_key(table, row_at(table, (u64)at), key))
+		if (slot.row == EMPTY || slot.tag == sought->tag)
+			return slot;
+	}
+}
+
+/* Row of a key; or -1, and the slot where it belongs. */
+static inline i64 find(const struct table *table, struct sought *sought)
+{
+	for (;; sought->slot = (sought->slot + 1) & table->mask) {
+		i64 at = next(table, sought).row;
+
+		if (at == EMPTY || is_key(table, row_at(table, (u64)at), sought->raw))
 			return at;
 	}
 }
 
 /* Row of a key, made where there is none; -1: there is no room for it. */
-static inline i64 find_or_add(struct table *table, const u8 *key, u64 *slot)
+static inline i64 find_or_add(struct table *table, struct sought *sought)
 {
-	i64 at = find(table, key, slot);
+	i64 at = find(table, sought);
 	struct row *row;
 
 	if (at != EMPTY || table->used == table->room)
@@ -295,22 +313,21 @@ static inline i64 find_or_add(struct table *table, const u8 *key, u64 *slot)
 	memset(row, 0, table->row_bytes);
 	row->missing_ns = table->complete_ns;
 	for (u64 word = 0; word < table->words; word++)
-		row->key[word] = word_of(table, key, word);
-	table->slots[*slot] = (int32_t)at;
+		row->key[word] = word_of(table, sought->raw, word);
+	table->slots[sought->slot] = (struct slot){ (int32_t)at, sought->tag };
 	return at;
 }
 
 /* Has memory bring what a block of keys needs. */
-static inline void fetch(const struct table *table, struct keys *keys, const u8 *first, i64 stride,
-			 u64 count)
+static inline void fetch(const struct table *table, struct sought *sought, const u8 *first,
+			 i64 stride, u64 count)
 {
 	for (u64 i = 0; i < count; i++) {
-		keys->raw[i] = first + (i64)i * stride;
-		keys->slot[i] = first_slot(table, keys->raw[i]);
-		__builtin_prefetch(&table->slots[keys->slot[i]]);
+		sought[i] = hashed(table, first + (i64)i * stride);
+		__builtin_prefetch(&table->slots[sought[i].slot]);
 	}
 	for (u64 i = 0; i < count; i++) {
-		int32_t at = table->slots[keys->slot[i]];
+		i64 at = next(table, &sought[i]).row;
 
 		if (at == EMPTY)
 			continue;
@@ -327,30 +344,32 @@ static inline u64 least(u64 one, u64 other)
 /* Replica._find: the row of each key, or -1. */
 void lab_table_find(const struct table *table, const u8 *key, i64 stride, u64 count, i64 *found)
 {
-	struct keys keys;
+	struct sought sought[BLOCK];
 
 	for (u64 done = 0; done < count; done += BLOCK) {
 		u64 some = least(count - done, BLOCK);
 
-		fetch(table, &keys, key + (i64)done * stride, stride, some);
+		fetch(table, sought, key + (i64)done * stride, stride, some);
 		for (u64 i = 0; i < some; i++)
-			found[done + i] = find(table, keys.raw[i], &keys.slot[i]);
+			found[done + i] = find(table, &sought[i]);
 	}
 }
 
 /* Replica._index: gives slots to the rows from here on; none of their keys has one. */
 void lab_table_index(struct table *table, u64 from)
 {
-	struct keys keys;
+	struct sought sought[BLOCK];
 
 	for (u64 done = from; done < table->used; done += BLOCK) {
 		u64 some = least(table->used - done, BLOCK);
 
-		fetch(table, &keys, (u8 *)row_at(table, done)->key, (i64)table->row_bytes, some);
+		fetch(table, sought, (u8 *)row_at(table, done)->key, (i64)table->row_bytes, some);
 		for (u64 i = 0; i < some; i++) {
-			while (table->slots[keys.slot[i]] != EMPTY)
-				keys.slot[i] = (keys.slot[i] + 1) & table->mask;
-			table->slots[keys.slot[i]] = (int32_t)(done + i);
+			u64 at = sought[i].slot;
+
+			while (table->slots[at].row != EMPTY)
+				at = (at + 1) & table->mask;
+			table->slots[at] = (struct slot){ (int32_t)(done + i), sought[i].tag };
 		}
 	}
 }
@@ -374,17 +393,17 @@ static inline int is_news(const struct row *row, struct change *change)
 /* Replica.apply: how many changes were applied; fewer than given where the rows are used up. */
 u64 lab_table_apply(struct table *table, u8 *first, i64 stride, u64 value_at, u64 count, u8 *fresh)
 {
-	struct keys keys;
+	struct sought sought[BLOCK];
 	u64 rows[BLOCK];
 
 	for (u64 done = 0; done < count; done += BLOCK) {
 		u64 some = least(count - done, BLOCK), i, now;
 
-		fetch(table, &keys, first + (i64)done * stride + offsetof(struct change, key), stride,
+		fetch(table, sought, first + (i64)done * stride + offsetof(struct change, key), stride,
 		      some);
 		for (i = 0; i < some; i++) {
 			struct change *change = (struct change *)(first + (i64)(done + i) * stride);
-			i64 at = find_or_add(table, change->key, &keys.slot[i]);
+			i64 at = find_or_add(table, &sought[i]);
 			struct row *row;
 
 			if (at < 0)
@@ -430,15 +449,15 @@ struct diff {
 void lab_table_diff(struct table *table, struct diff *diff)
 {
 	i64 key_bytes = (i64)table->key_bytes;
-	struct keys keys;
+	struct sought sought[BLOCK];
 
 	while (diff->done < diff->count) {
 		u64 some = least(diff->count - diff->done, BLOCK);
 
-		fetch(table, &keys, diff->keys + (i64)diff->done * key_bytes, key_bytes, some);
+		fetch(table, sought, diff->keys + (i64)diff->done * key_bytes, key_bytes, some);
 		for (u64 i = 0; i < some; i++, diff->done++) {
 			u64 entry = diff->done, version = diff->versions[entry];
-			i64 at = find_or_add(table, keys.raw[i], &keys.slot[i]);
+			i64 at = find_or_add(table, &sought[i]);
 			struct row *row;
 			u64 step;
 

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from labkit.errors import BadInput
+from labkit.kernel import native
 from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.ringbuf import RingReader, slot_bytes
-from labkit.sync.changes import Changes, change_dtype, event_dtype
+from labkit.sync.changes import Changes, event_dtype
 from labkit.sync.strategy import Stats, Strategy, bounded
 
 COUNTS = np.dtype([("emitted", "u8"), ("dropped", "u8")])
@@ -180,7 +181,7 @@ class RingEvents(Strategy):
     def _subscribe(self) -> None:
         table = self.table
         self._event = event_dtype(table.key_dtype, table.value_dtype)
-        self._change = change_dtype(table.key_dtype, table.value_dtype)
+        self._change = self.replica.change_dtype
         self._slot = slot_bytes(self._event.itemsize)
         counts = self._channel.counts
         one = counts.value_buffer().nbytes
@@ -195,7 +196,7 @@ class RingEvents(Strategy):
         # smaller number (see _number).
         self._produced_before, self._dropped_before = self._count()
         self._dropped_seen = self._dropped()
-        self._expected = np.full(len(self._produced_before), -1, np.int64)
+        self._number_from_now()
         self._reader = RingReader(self._channel.ring, self._event, batch=1)
 
     def _unsubscribe(self) -> None:
@@ -218,12 +219,44 @@ class RingEvents(Strategy):
             self._drops_were, self._drops_in_all = drops, int(self._drops.sum())
         return self._drops_in_all
 
+    def _number_from_now(self) -> None:
+        """Know no number yet, of any source that was counted."""
+        self._expected = np.full(len(self._produced_before), -1, np.int64)
+        self._library = native.library()
+        self._account = [
+            native.address(part)
+            for part in (self._expected, self._produced_before, self._dropped_before)
+        ]
+
     def _number(self, events: npt.NDArray[Any]) -> bool:
         """Follow the numbers of each source; answers whether one is missing."""
+        cpus = len(self._counts) // len(self._count_readers)
+        if self._library is not None:
+            found: int = self._library.lab_events_number(
+                native.address(events), events.itemsize, len(events), cpus, len(self._expected),
+                *self._account,
+            )  # fmt: skip
+            if found < 0:
+                raise self._of_nobody()
+            return found > 0
+        if (
+            int(events["program"].max()) >= len(self._count_readers)
+            or (events["cpu"] >= cpus).any()
+        ):
+            raise self._of_nobody()
+        return self._number_by_numpy(events, cpus)
+
+    def _of_nobody(self) -> BadInput:
+        return BadInput(
+            f"An event in ring id {self._channel.ring.id} names a program or a CPU that the "
+            f"channel's counters (id {self._channel.counts.id}) do not have: make them for as many "
+            "programs as write to the ring."
+        )
+
+    def _number_by_numpy(self, events: npt.NDArray[Any], cpus: int) -> bool:
         words = events.view(np.uint64).reshape(len(events), -1)
         who = words[:, _WHO_AT] & _WHO
         seq = words[:, 0].view(np.int64)
-        cpus = len(self._counts) // len(self._count_readers)
         if (who == who[0]).all():
             source = int(events["program"][0]) * cpus + int(events["cpu"][0])
             return self._number_one(source, seq, events["dropped"])
@@ -260,7 +293,7 @@ class RingEvents(Strategy):
                 time.sleep(self._gather_s)
             news = self._take()
             if self._pull_at() <= time.monotonic():
-                news = np.concatenate([news, self._pull()])
+                news = np.concatenate([news, self._pull()], dtype=self._change)
             if len(news) or time.monotonic() >= deadline:
                 return news
 
@@ -286,12 +319,10 @@ class RingEvents(Strategy):
         assert self._reader is not None
         return self._reader.read(np.empty(room, self._event))
 
-    def _nothing(self) -> Changes:
-        return np.zeros(0, self._change)
-
     def _pull_at(self) -> float:
         """When the map is to be read whole, by time.monotonic."""
-        return self._resync_at
+        # A replica that remembers too many keys which are gone forgets some by a resync.
+        return self._resync_from if self.replica.crowded else self._resync_at
 
     def _pull(self) -> Changes:
         """Read the map whole; what was counted as dropped by now is in it."""

@@ -13,7 +13,7 @@ import numpy as np
 from labkit.errors import BadInput
 from labkit.kernel.closing import Closing
 from labkit.kernel.maps import Map
-from labkit.sync.changes import Changes, change_dtype, require_version
+from labkit.sync.changes import Changes, require_version
 from labkit.sync.replica import Replica
 
 
@@ -234,7 +234,7 @@ class Strategy(Closing, ABC):
         return news
 
     def _nothing(self) -> Changes:
-        return np.zeros(0, change_dtype(self.table.key_dtype, self.table.value_dtype))
+        return np.zeros(0, self.replica.change_dtype)
 
     def _unusable(self) -> BadInput:
         if self._closed:

@@ -314,6 +314,12 @@ def test_what_is_no_ring_or_no_record_is_refused(ring: Map) -> None:
         RingReader(ring, EVENT, consumer="bcc")  # type: ignore[arg-type]
 
 
+def test_what_cannot_be_had_here_is_refused(ring: Map, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.SWITCH, "0")
+    with pytest.raises(BadInput, match=r"no native consumer here \(NumPy: LABKIT_NATIVE=0\)"):
+        RingReader(ring, EVENT, consumer="native")
+
+
 def test_a_ring_has_one_reader(ring: Map) -> None:
     with RingReader(ring, EVENT), pytest.raises(BadInput, match="has a reader already"):
         RingReader(ring, EVENT)
