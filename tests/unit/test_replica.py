@@ -323,23 +323,24 @@ def test_what_a_snapshot_shows_and_what_came_late_is_remembered(
 
 worlds = st.lists(
     st.one_of(
-        st.tuples(st.just("write"), st.integers(0, 5), st.sampled_from([1, 1, 2])),
-        st.tuples(st.just("arrive"), st.integers(0, 9)),
+        st.tuples(st.just("write"), st.integers(0, 1), st.sampled_from([1, 2])),
+        st.tuples(st.just("arrive"), st.integers(0, 3)),
         st.tuples(st.just("read"), st.just(0)),
     ),
-    max_size=60,
+    min_size=5,
+    max_size=40,
 )
 
 
 @both_paths
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(steps=worlds)
 def test_nothing_older_comes_back_by_forgetting(switch: str, steps: Any) -> None:
     # Events arrive late and in any order; each snapshot shows what is there at its moment.
     with mock.patch.dict("os.environ", {native.SWITCH: switch}):
         replica = Replica(layout())
     world: dict[int, int] = {}
-    versions, on_their_way, shown, shown_ns = dict.fromkeys(range(6), 0), [], dict[int, int](), 0
+    versions, on_their_way, shown, shown_ns = dict.fromkeys(range(2), 0), [], dict[int, int](), 0
     committed: dict[tuple[int, int], int] = {}
     for now_ns, (what, *rest) in enumerate(steps, 2**62):
         if what == "write":
