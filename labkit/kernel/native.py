@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -123,7 +124,7 @@ def state() -> str:
     Returns
     -------
     str
-        Such as ``compiled by clang-14``, or ``NumPy: clang is missing``.
+        Such as ``compiled by clang-14``, or ``NumPy: clang is missing``; no path of this machine.
     """
     if os.environ.get(SWITCH) == "0":
         return f"NumPy: {SWITCH}=0"
@@ -167,11 +168,12 @@ def _found() -> tuple[Any | None, str]:
     except subprocess.TimeoutExpired:
         return None, f"{name} did not compile {SOURCE.name} within {_COMPILE_LIMIT_S:g} s"
     except subprocess.CalledProcessError as error:
-        lines = [line for line in str(error.stderr).splitlines() if "error" in line]
-        reason = lines[0] if lines else f"status {error.returncode}"
+        said = re.search(r"error: (.*)", str(error.stderr))  # without the path in front of it
+        reason = said[1] if said else f"status {error.returncode}"
         return None, f"{name} does not compile {SOURCE.name}: {reason}"
     except OSError as error:
-        return None, f"{SOURCE.name} cannot be compiled into .lab: {error.strerror or error}"
+        reason = error.strerror or "the loader refuses what came out"
+        return None, f"{SOURCE.name} cannot be compiled into .lab: {reason}"
 
 
 def _is_whole(kept: Path) -> bool:
