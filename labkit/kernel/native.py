@@ -1,8 +1,9 @@
 """The event path in C: ``native.c`` beside this file, compiled at first use and loaded by ctypes.
 
-ctypes gives the interpreter's lock back during each call. Where the file cannot be compiled, or
-``LABKIT_NATIVE=0``, NumPy does the same, slower: `library` is the one place where this is decided,
-and `state` says how it came out.
+The interpreter's lock is given back while a ring is waited for and read. What touches a replica
+keeps it, so that another thread which reads there finds each row whole. Where the file cannot be
+compiled, or ``LABKIT_NATIVE=0``, NumPy does the same, slower: `library` is the one place where this
+is decided, and `state` says how it came out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 from ctypes import POINTER, Structure, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
@@ -145,11 +147,13 @@ def bound(path: Path) -> Any:
     OSError
         It cannot be loaded.
     """
-    loaded = ctypes.CDLL(str(path))
+    with_lock, without_lock = ctypes.PyDLL(str(path)), ctypes.CDLL(str(path))
+    functions = SimpleNamespace()
     for name, (answer, arguments) in _FUNCTIONS.items():
-        function = getattr(loaded, name)
+        function = getattr(without_lock if name.startswith("lab_ring") else with_lock, name)
         function.restype, function.argtypes = answer, arguments
-    return loaded
+        setattr(functions, name, function)
+    return functions
 
 
 @functools.cache

@@ -23,6 +23,9 @@ COUNTS = np.dtype([("emitted", "u8"), ("dropped", "u8")])
 """``struct change_counts`` of bpf/change_event.h: what one program did on one CPU."""
 
 _NEVER = float("inf")
+# Each look at the counters is a system call. A drop of events shows in numbers and in a full ring
+# as well; one that nobody else tells of is found so much later at most.
+_LOOK_AFTER_S = 0.001
 # Where program and CPU stand in an event, as words of 8 bytes (the byte before them is the kind).
 _WHO_AT = 3
 _WHO = np.uint64(0xFFFF_FF00)
@@ -90,8 +93,8 @@ class RingEvents(Strategy):
     emit no event. That something was dropped shows in the programs' counters and in the
     sequence of the events; then the map is read whole, and the replica has every key at the
     version it was at when the reading began, or a newer one. This happens, in the middle of a
-    busy stream too, within ``timer_s`` + max(``resync_gap_s``, duration of the resync before)
-    + duration of one resync, while `poll` is called.
+    busy stream too, within ``timer_s`` + 1 ms + max(``resync_gap_s``, duration of the resync
+    before) + duration of one resync, while `poll` is called.
 
     Parameters
     ----------
@@ -195,9 +198,10 @@ class RingEvents(Strategy):
         # Counters first, ring second: what is counted by now and still unread shows itself by a
         # smaller number (see _number).
         self._produced_before, self._dropped_before = self._count()
-        self._dropped_seen = self._dropped()
+        self._dropped_seen, self._look_at = self._dropped(), 0.0
         self._number_from_now()
         self._reader = RingReader(self._channel.ring, self._event, batch=1)
+        self._half_bytes = self._reader.stats().capacity_bytes // 2
 
     def _unsubscribe(self) -> None:
         reader, self._reader = self._reader, None
@@ -308,10 +312,15 @@ class RingEvents(Strategy):
             events = self._read(min(unread // self._slot + 1, MOST_EVENTS))
             lost = bool(len(events)) and self._number(events)
             news = self._apply(events.view(self._change))
-        dropped = self._dropped()
-        if lost or dropped > self._dropped_seen:
+        now = time.monotonic()
+        # A full ring cannot have become less than half full since: there is no other reader.
+        if lost or not unread or unread > self._half_bytes or now >= self._look_at:
+            self._look_at = now + _LOOK_AFTER_S
+            dropped = self._dropped()
+            lost |= dropped > self._dropped_seen
             self._dropped_seen = dropped
-            self._resync_at = min(self._resync_at, max(time.monotonic(), self._resync_from))
+        if lost:
+            self._resync_at = min(self._resync_at, max(now, self._resync_from))
         return news
 
     def _read(self, room: int) -> npt.NDArray[Any]:

@@ -220,7 +220,7 @@ class Strategy(Closing, ABC):
     def _apply(self, changes: Changes) -> Changes:
         """Bring changes into the replica; answers those that were news, and counts both."""
         fresh = self.replica.apply(changes)
-        news = changes if fresh.all() else changes[fresh]
+        news = changes if np.count_nonzero(fresh) == len(changes) else changes[fresh]
         self._delivered += len(news)
         self._coalesced += len(changes) - len(news)
         return news

@@ -231,6 +231,48 @@ def test_a_wait_is_bounded_and_looks_again(ring: Map, consumer: Consumer) -> Non
         assert len(reader.poll(0)) == 1
 
 
+@each_consumer
+def test_ctrl_c_ends_a_wait(consumer: Consumer) -> None:
+    script = f"""
+import signal
+from labkit.kernel.maps import Map, MapKind
+from labkit.kernel.ringbuf import RingReader
+signal.signal(signal.SIGINT, signal.default_int_handler)
+ring = Map.create(MapKind.RINGBUF, key=None, value=None, max_entries=65536, name="t_ring")
+reader = RingReader(ring, "u8", consumer="{consumer}")
+try:
+    print("waits", flush=True)
+    reader.wait(600)
+except KeyboardInterrupt:
+    print("ended")
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+    ) as waiting:
+        assert waiting.stdout is not None and waiting.stdout.readline() == "waits\n"
+        time.sleep(0.1)
+        waiting.send_signal(signal.SIGINT)
+        try:
+            assert waiting.communicate(timeout=60)[0] == "ended\n"
+        finally:
+            waiting.kill()
+
+
+@each_consumer
+def test_a_wait_goes_on_after_a_signal_that_is_dealt_with(ring: Map, consumer: Consumer) -> None:
+    came = []
+    before = signal.signal(signal.SIGALRM, lambda *_: came.append(time.monotonic()))
+    try:
+        with RingReader(ring, EVENT, consumer=consumer) as reader:
+            signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+            begun = time.monotonic()
+            assert not reader.wait(0.3)
+            assert time.monotonic() - begun >= 0.3 and len(came) > 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_iterating_ends(ring: Map) -> None:
     with RingReader(ring, EVENT) as reader, Producer(ring.fd, "default") as producer:
         with Child(lambda: [producer.flood(10) for _ in range(5)]) as child:
