@@ -521,3 +521,45 @@ int lab_events_number(const u8 *first, u64 event_bytes, u64 count, u64 cpus, u64
 	}
 	return gap;
 }
+
+/* -- all of it at once -------------------------------------------------------------------------- */
+
+struct follow {
+	struct ring *ring;
+	struct table *table;
+	u8 *events;  // so many of so many bytes; as changes their values stand at the same place
+	u64 most;
+	u64 event_bytes;
+	u64 value_at;
+	u8 *fresh;
+	u64 cpus;
+	u64 sources;
+	i64 *expected;
+	i64 *produced_before;
+	i64 *dropped_before;
+	u64 unread;   // bytes in the ring before this batch
+	u64 applied;  // fewer than were taken where the rows are used up
+	i64 gap;      // as lab_events_number answers
+};
+
+/* RingEvents._take: how many events were taken; -1: somebody else reads the ring. */
+i64 lab_follow(struct follow *follow)
+{
+	i64 taken;
+
+	follow->unread = atomic_load_explicit(follow->ring->producer, memory_order_relaxed) -
+			 follow->ring->position;
+	follow->applied = 0;
+	follow->gap = 0;
+	taken = lab_ring_take(follow->ring, follow->events, follow->most, follow->event_bytes);
+	if (taken <= 0)
+		return taken;
+	follow->gap = lab_events_number(follow->events, follow->event_bytes, (u64)taken, follow->cpus,
+					follow->sources, follow->expected, follow->produced_before,
+					follow->dropped_before);
+	if (follow->gap >= 0)
+		follow->applied = lab_table_apply(follow->table, follow->events,
+						  (i64)follow->event_bytes, follow->value_at,
+						  (u64)taken, follow->fresh);
+	return taken;
+}

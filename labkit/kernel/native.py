@@ -99,6 +99,28 @@ class Diff(Structure):
     )
 
 
+class Follow(Structure):
+    """``struct follow``: a ring, the replica that it feeds, and the numbers of its events."""
+
+    _fields_ = (
+        ("ring", POINTER(Ring)),
+        ("table", POINTER(Table)),
+        ("events", c_void_p),
+        ("most", c_uint64),
+        ("event_bytes", c_uint64),
+        ("value_at", c_uint64),
+        ("fresh", c_void_p),
+        ("cpus", c_uint64),
+        ("sources", c_uint64),
+        ("expected", c_void_p),
+        ("produced_before", c_void_p),
+        ("dropped_before", c_void_p),
+        ("unread", c_uint64),
+        ("applied", c_uint64),
+        ("gap", c_int64),
+    )
+
+
 _FUNCTIONS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "lab_ring_wait": (c_int, (POINTER(Ring), c_int64)),
     "lab_ring_take": (c_int64, (POINTER(Ring), c_void_p, c_uint64, c_uint64)),
@@ -112,6 +134,7 @@ _FUNCTIONS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "lab_events_number": (
         c_int, (c_void_p, c_uint64, c_uint64, c_uint64, c_uint64, c_void_p, c_void_p, c_void_p),
     ),
+    "lab_follow": (c_int64, (POINTER(Follow),)),
 }  # fmt: skip
 
 

@@ -377,8 +377,10 @@ class RingReader(Closing):
         if len(out) == 0:
             raise BadInput("out holds no record: make it longer.")
         if self._native is not None:
-            copied = self._take_natively(self._native, out)
-        elif self._libbpf is not None:
+            copied = self._native.take(out)
+            self.took(copied)
+            return out[:copied]
+        if self._libbpf is not None:
             copied = self._take_by_libbpf(self._libbpf, out.view(self._void))
         else:
             copied = self._take(out.view(self._void))
@@ -417,32 +419,44 @@ class RingReader(Closing):
         if self._libbpf is not None:
             raise BadInput("libbpf's consumer takes records of one size: use another one.")
         data, places = np.empty(room, np.uint8), np.empty(limit, native.PLACE)
-        if self._native is not None:
-            taken, refused = self._native.take_any(data, places)
-            self._follow(self._native, taken)
-        else:
+        if self._native is None:
             taken, refused = self._take_any(data, places)
+        else:
+            taken, refused = self._native.take_any(data, places)
+            self._native.ring.refused = -1  # not for its size: for want of room
+            self.took(taken)
         if not taken and refused >= 0:
             raise BadInput(
                 f"The next record of ring id {self.map_id} has {refused} bytes, and there is room "
                 f"for {room}: give more."
             )
-        self._consumed += taken
+        self._consumed += taken if self._native is None else 0
         return Records(data, places[:taken])
 
-    def _take_natively(self, consumer: _NativeConsumer, out: npt.NDArray[Any]) -> int:
-        copied = consumer.take(out)
-        self._follow(consumer, copied)
-        if not copied and consumer.ring.refused >= 0:
-            raise self._other_size(consumer.ring.refused)
-        return copied
+    @property
+    def ring(self) -> native.Ring | None:
+        """The ring as compiled code reads it, which then says so by `took`; None: it cannot."""
+        self._check_open()
+        return None if self._native is None else self._native.ring
 
-    def _follow(self, consumer: _NativeConsumer, taken: int) -> None:
-        """Take the compiled code's account over."""
-        self._position = consumer.ring.position
-        self._discarded = consumer.ring.discarded
-        if taken < 0:
+    def took(self, records: int) -> None:
+        """Take the account of compiled code over: so many records, or the error that it met.
+
+        Raises
+        ------
+        BadInput
+            The ring holds a record of another size.
+        SharedRing
+            Another consumer, of any process, has read from the ring.
+        """
+        assert self._native is not None
+        ring = self._native.ring
+        self._position, self._discarded = ring.position, ring.discarded
+        if records < 0:
             raise self._shared()
+        if not records and ring.refused >= 0:
+            raise self._other_size(ring.refused)
+        self._consumed += records
 
     def _take(self, out: npt.NDArray[np.void]) -> int:
         position, copied = self._own_position(), 0

@@ -219,10 +219,10 @@ class Replica:
         first, said = native.address(changes), native.address(fresh)
         while True:
             done += self._library.lab_table_apply(
-                self._shared(), first + done * stride, stride, self._value_at, count - done,
+                self.shared(), first + done * stride, stride, self._value_at, count - done,
                 said + done,
             )  # fmt: skip
-            self._take_over()
+            self.take_over()
             if done == count:
                 return fresh
             self._grow(self._used + 1)
@@ -386,8 +386,8 @@ class Replica:
             newer=native.address(newer),
         )
         while diff.done < count:
-            self._library.lab_table_diff(self._shared(), ctypes.byref(diff))
-            self._take_over()
+            self._library.lab_table_diff(self.shared(), ctypes.byref(diff))
+            self.take_over()
             if diff.done < count:
                 self._grow(self._used + 1)
         return rows, newer[: diff.news], int(diff.steps)
@@ -455,15 +455,16 @@ class Replica:
             value_at=self._rows.dtype.fields["value"][1],  # type: ignore[index]
             value_bytes=self.value_dtype.itemsize,
         )
-        self._table_at = ctypes.byref(self._table)
+        self._table_at = ctypes.pointer(self._table)
 
-    def _shared(self) -> Any:
-        """Rows and slots as the compiled code wants them; what it did comes by `_take_over`."""
+    def shared(self) -> Any:
+        """Rows and slots as compiled code takes them; `take_over` follows its use."""
         self._table.used, self._table.live = self._used, self._live
         self._table.complete_ns = self._complete_ns
         return self._table_at
 
-    def _take_over(self) -> None:
+    def take_over(self) -> None:
+        """Take the account of compiled code over."""
         self._used, self._live = self._table.used, self._table.live
 
     # -- the index ---------------------------------------------------------------------
@@ -496,7 +497,7 @@ class Replica:
             return self._find_by_numpy(self._as_words(keys))
         packed, rows = np.ascontiguousarray(keys), np.empty(len(keys), np.int64)
         self._library.lab_table_find(
-            self._shared(), native.address(packed), self.key_dtype.itemsize, len(rows),
+            self.shared(), native.address(packed), self.key_dtype.itemsize, len(rows),
             native.address(rows),
         )  # fmt: skip
         return rows
@@ -565,7 +566,7 @@ class Replica:
         if self._library is None:
             self._index(np.arange(self._used))
         else:
-            self._library.lab_table_index(self._shared(), 0)
+            self._library.lab_table_index(self.shared(), 0)
 
     def _grow(self, rows: int) -> None:
         """Make room for that many rows at least, and for as many again as there are."""

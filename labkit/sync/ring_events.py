@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -201,6 +202,7 @@ class RingEvents(Strategy):
         self._dropped_seen, self._look_at = self._dropped(), 0.0
         self._number_from_now()
         self._reader = RingReader(self._channel.ring, self._event, batch=1)
+        self._native = self._native_follow(self._reader)
         self._half_bytes = self._reader.stats().capacity_bytes // 2
 
     def _unsubscribe(self) -> None:
@@ -304,14 +306,14 @@ class RingEvents(Strategy):
     def _take(self) -> Changes:
         """Read the ring into the replica, and see whether anything is missing."""
         assert self._reader is not None
-        unread = self._reader.unread_bytes
-        if not unread:
-            news = self._nothing()
-            lost = False
-        else:
+        if self._native is not None:
+            news, lost, unread = self._take_natively(self._native, self._reader)
+        elif unread := self._reader.unread_bytes:
             events = self._read(min(unread // self._slot + 1, MOST_EVENTS))
             lost = bool(len(events)) and self._number(events)
             news = self._apply(events.view(self._change))
+        else:
+            news, lost = self._nothing(), False
         now = time.monotonic()
         # A full ring cannot have become less than half full since: there is no other reader.
         if lost or not unread or unread > self._half_bytes or now >= self._look_at:
@@ -322,6 +324,46 @@ class RingEvents(Strategy):
         if lost:
             self._resync_at = min(self._resync_at, max(now, self._resync_from))
         return news
+
+    def _native_follow(self, reader: RingReader) -> native.Follow | None:
+        """What compiled code needs to do all of `_take`; None where there is none."""
+        ring = reader.ring
+        if ring is None or self._library is None:
+            return None
+        # Events are read into one place, again and again, and news copied from there.
+        self._events = np.empty(MOST_EVENTS, self._event)
+        self._as_changes = self._events.view(self._change)
+        self._fresh = np.empty(MOST_EVENTS, np.bool_)
+        expected, produced_before, dropped_before = self._account
+        return native.Follow(
+            ring=ctypes.pointer(ring),
+            events=native.address(self._events),
+            most=MOST_EVENTS,
+            event_bytes=self._event.itemsize,
+            value_at=self._event.fields["value"][1],  # type: ignore[index]
+            fresh=native.address(self._fresh),
+            cpus=len(self._counts) // len(self._count_readers),
+            sources=len(self._expected),
+            expected=expected,
+            produced_before=produced_before,
+            dropped_before=dropped_before,
+        )
+
+    def _take_natively(
+        self, follow: native.Follow, reader: RingReader
+    ) -> tuple[Changes, bool, int]:
+        """Answers the news, whether a number is missing, and the bytes that were unread before."""
+        assert self._library is not None
+        follow.table = self.replica.shared()
+        taken: int = self._library.lab_follow(follow)
+        self.replica.take_over()
+        reader.took(taken)
+        if follow.gap < 0:
+            raise self._of_nobody()
+        changes, fresh, applied = self._as_changes[:taken], self._fresh[:taken], follow.applied
+        if applied < taken:
+            fresh[applied:] = self.replica.apply(changes[applied:])
+        return self._count_news(changes, fresh).copy(), follow.gap > 0, follow.unread
 
     def _read(self, room: int) -> npt.NDArray[Any]:
         """Take so many events from the ring at most; the array is the caller's."""

@@ -14,7 +14,7 @@ from labkit.errors import BadInput
 from labkit.kernel.closing import Closing
 from labkit.kernel.maps import Map
 from labkit.sync.changes import Changes, require_version
-from labkit.sync.replica import Replica
+from labkit.sync.replica import Bools, Replica
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,10 @@ class Strategy(Closing, ABC):
 
     def _apply(self, changes: Changes) -> Changes:
         """Bring changes into the replica; answers those that were news, and counts both."""
-        fresh = self.replica.apply(changes)
+        return self._count_news(changes, self.replica.apply(changes))
+
+    def _count_news(self, changes: Changes, fresh: Bools) -> Changes:
+        """Of changes that were applied those that were news; counts both."""
         news = changes if np.count_nonzero(fresh) == len(changes) else changes[fresh]
         self._delivered += len(news)
         self._coalesced += len(changes) - len(news)

@@ -375,6 +375,84 @@ def test_both_follow_numbers_alike(batches: Any, before: list[int], begin: int) 
             assert np.array_equal(getattr(ours, name), getattr(oracle, name)), name
 
 
+class WholeFollower(FakeFollower):
+    """And a ring in plain memory, and a replica."""
+
+    def __init__(self, ring: PlainRing, *, compiled: bool) -> None:
+        self.ring = ring
+        super().__init__(np.zeros(PROGRAMS * CPUS, np.int64))
+        self._replica, self._closed = Replica(layout("u8", "u8")), False
+        self._event, self._change = EVENT, self._replica.change_dtype
+        self._slot = 8 + EVENT.itemsize
+        self._reader = self.reader = FakeReader(ring, "native" if compiled else "numpy")
+        self.reader._dtype = EVENT
+        self._native = self._native_follow(self._reader)
+        assert (self._native is not None) == compiled
+        self._delivered = self._coalesced = self._dropped_seen = 0
+        self._half_bytes, self._look_at = CAPACITY // 2, 0.0
+        self._resync_at, self._resync_from = float("inf"), 0.0
+
+    def _dropped(self) -> int:
+        return 0
+
+    def put(self, event: npt.NDArray[Any], state: int) -> bool:
+        """One event of the ring, as the kernel writes it."""
+        self.ring.position = int(self.reader._positions[0])
+        at = self.ring.end
+        if not self.ring.put(0, state):
+            return False
+        for i, byte in enumerate(event.tobytes()):
+            for turn in (0, CAPACITY):
+                self.ring.memory[FRONT + turn + (at + 8 + i) % CAPACITY] = byte
+        self.reader._positions[1] = self.ring.end
+        return True
+
+
+@needs_native
+@settings(max_examples=150, deadline=None)
+@given(
+    batches=st.lists(
+        st.lists(
+            st.tuples(
+                st.sampled_from([1, 1, 2]),
+                st.integers(0, 5),
+                st.integers(0, 5),
+                st.integers(0, CPUS - 1),
+                st.sampled_from([0, 0, 0, 0, DISCARDED]),
+            ),
+            max_size=20,
+        ),
+        max_size=8,
+    ),
+    few=st.booleans(),
+)
+def test_both_follow_a_ring_alike(batches: Any, few: bool) -> None:
+    with mock.patch.object(replica_module, "_LEAST_ROWS", 2 if few else 1_024):
+        ours = WholeFollower(PlainRing(EVENT.itemsize), compiled=True)
+        with without_native():
+            oracle = WholeFollower(PlainRing(EVENT.itemsize), compiled=False)
+    following = [0] * CPUS
+    for batch in batches:
+        for kind, key, version, cpu, state in batch:
+            event = np.zeros(1, EVENT)
+            event["seq"], event["cpu"], event["kind"] = following[cpu], cpu, kind
+            event["key"], event["version"], event["value"] = key, version, version
+            following[cpu] += 1
+            assert ours.put(event, state) == oracle.put(event, state)
+        news, theirs = ours._take(), oracle._take()
+        for name in news.dtype.names or ():
+            if name != "seen_ns":
+                assert np.array_equal(news[name], theirs[name]), name
+        assert news["seen_ns"].all()
+        assert (ours.behind, ours._delivered, ours._coalesced) == (
+            oracle.behind, oracle._delivered, oracle._coalesced,
+        )  # fmt: skip
+        assert ours.reader.account() == oracle.reader.account()
+        used = ours.replica._used
+        assert used == oracle.replica._used
+        same_rows(ours.replica._rows[:used], oracle.replica._rows[:used])
+
+
 @pytest.mark.parametrize(("program", "cpu"), [(PROGRAMS, 0), (0, CPUS), (255, 65_535)])
 @pytest.mark.parametrize("off", [False, True])
 def test_an_event_of_nobody_is_refused(program: int, cpu: int, off: bool) -> None:
