@@ -108,8 +108,9 @@ static int hand_back(struct ring *ring, u64 position)
 {
 	if (atomic_load_explicit(ring->consumer, memory_order_relaxed) != ring->position)
 		return -1;
-	/* Releases: the copies are done when the producer sees it. */
-	atomic_store_explicit(ring->consumer, position, memory_order_release);
+	/* Releases: the copies are done when the producer sees it. A store takes the line from it. */
+	if (position != ring->position)
+		atomic_store_explicit(ring->consumer, position, memory_order_release);
 	ring->position = position;
 	return 0;
 }
