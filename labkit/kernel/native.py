@@ -8,6 +8,7 @@ is decided, and `state` says how it came out.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -186,7 +187,9 @@ def _found() -> tuple[Any | None, str]:
     if compiler is None:
         return None, "clang is missing; make setup installs it"
     name = Path(compiler).name
-    parts = "\0".join((SOURCE.read_text(), compiler, platform.machine(), *FLAGS))
+    # A folder may be shared with a machine that has another C library.
+    system = (platform.machine(), *platform.libc_ver())
+    parts = "\0".join((SOURCE.read_text(), os.path.realpath(compiler), *system, *FLAGS))
     kept = KEPT / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.so"
     try:
         if not _is_whole(kept):
@@ -223,9 +226,10 @@ def _compile(compiler: str, kept: Path) -> None:
         with made.open("ab") as end:
             end.write(hashlib.sha256(made.read_bytes()).digest())
         made.replace(kept)  # whole or not at all, whoever compiles it at the same time
-    by_age = sorted(KEPT.glob("*.so"), key=lambda file: file.stat().st_mtime)
-    for file in by_age[:-_MOST_KEPT]:
-        file.unlink(missing_ok=True)
-    for left in KEPT.glob("partial-*"):  # of a process that was killed while it compiled
-        if left.stat().st_mtime < time.time() - 2 * _COMPILE_LIMIT_S:
-            shutil.rmtree(left, ignore_errors=True)
+    with contextlib.suppress(OSError):  # somebody else may be tidying up as well
+        by_age = sorted(KEPT.glob("*.so"), key=lambda file: file.stat().st_mtime)
+        for file in by_age[:-_MOST_KEPT]:
+            file.unlink(missing_ok=True)
+        for left in KEPT.glob("partial-*"):  # of a process that was killed while it compiled
+            if left.stat().st_mtime < time.time() - 2 * _COMPILE_LIMIT_S:
+                shutil.rmtree(left, ignore_errors=True)

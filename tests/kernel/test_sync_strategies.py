@@ -15,7 +15,7 @@ import pytest
 
 import labkit.sync
 from labkit.errors import BadInput
-from labkit.kernel import programs
+from labkit.kernel import native, programs
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, another_cpu
@@ -341,10 +341,16 @@ def test_a_known_share_of_events_is_lost_and_counted(table: Map, channel: Channe
 # -- memory ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("switch", ["1", "0"], ids=["native", "numpy"])
 @pytest.mark.parametrize("strategy", [RingEvents, Hybrid])
 def test_keys_that_are_gone_are_forgotten(
-    table: Map, channel: Channel, strategy: type[RingEvents]
+    table: Map,
+    channel: Channel,
+    strategy: type[RingEvents],
+    switch: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv(native.SWITCH, switch)
     turns, keys = 8, 3_000
     with (
         EventWriter(table, channel, coming_and_going(turns * keys)) as writer,

@@ -531,6 +531,22 @@ def test_it_is_compiled_once_and_what_is_not_whole_is_made_again(anew: None) -> 
     assert [file.name for file in native.KEPT.iterdir()] == [kept.name]
 
 
+@needs_native
+def test_what_a_killed_compilation_left_is_cleared_away(anew: None) -> None:
+    native.KEPT.mkdir()
+    left, young = native.KEPT / "partial-old", native.KEPT / "partial-young"
+    for folder in (left, young):
+        folder.mkdir()
+    os.utime(left, (1, 1))
+    old = [native.KEPT / f"{number}.so" for number in range(12)]
+    for file in old:
+        file.touch()
+        os.utime(file, (1, 1))
+    assert native.library() is not None
+    assert not left.exists() and young.exists()
+    assert len(list(native.KEPT.glob("*.so"))) == native._MOST_KEPT
+
+
 # -- under the sanitizers -----------------------------------------------------------------------
 
 _SANITIZED = """
