@@ -581,6 +581,7 @@ def sanitizing_compiler(folder: Path) -> tuple[str, str] | None:
 
 
 @needs_native
+@pytest.mark.timeout(400)
 def test_the_sanitizers_have_nothing_to_say(tmp_path: Path) -> None:
     found = sanitizing_compiler(tmp_path)
     if found is None:
@@ -599,7 +600,7 @@ def test_the_sanitizers_have_nothing_to_say(tmp_path: Path) -> None:
             "ASAN_OPTIONS": "detect_leaks=0",
             "PYTHONMALLOC": "malloc",
         },
-        capture_output=True, text=True, errors="replace", check=False, timeout=110,
+        capture_output=True, text=True, errors="replace", check=False, timeout=360,
     )  # fmt: skip
     said = (done.stdout + done.stderr)[-4_000:]
     assert done.returncode == 0, said
