@@ -32,7 +32,7 @@ from labkit.kernel import tools
 SOURCE: Final = Path(__file__).with_suffix(".c")
 """The one file of C that is no BPF program."""
 
-KEPT: Final = Path(__file__).parents[2] / ".lab" / "native"
+KEPT: Final = tools.cache_folder() / "native"
 """Where what was compiled is kept, by the digest of source, compiler and flags."""
 
 FLAGS: Final = ("-std=c11", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror")
@@ -185,7 +185,7 @@ def _found() -> tuple[Any | None, str]:
     """The library, and a word on where it comes from or why there is none."""
     compiler = tools.find_tool(*_COMPILERS)
     if compiler is None:
-        return None, "clang is missing; make setup installs it"
+        return None, "clang is missing; make setup installs it, or apt-get install clang"
     name = Path(compiler).name
     # A folder may be shared with a machine that has another C library.
     system = (platform.machine(), *platform.libc_ver())
@@ -203,7 +203,7 @@ def _found() -> tuple[Any | None, str]:
         return None, f"{name} does not compile {SOURCE.name}: {reason}"
     except OSError as error:
         reason = error.strerror or "the loader refuses what came out"
-        return None, f"{SOURCE.name} cannot be compiled into .lab: {reason}"
+        return None, f"{SOURCE.name} cannot be compiled and kept: {reason}"
 
 
 def _is_whole(kept: Path) -> bool:

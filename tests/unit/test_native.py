@@ -487,7 +487,10 @@ def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_without_clang_numpy_does_it(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools, "find_tool", lambda *_: None)
     assert native.library() is None
-    assert native.state() == "NumPy: clang is missing; make setup installs it"
+    assert (
+        native.state()
+        == "NumPy: clang is missing; make setup installs it, or apt-get install clang"
+    )
     assert Replica(layout())._library is None
 
 
@@ -512,7 +515,7 @@ def test_a_folder_that_cannot_be_written_is_said(
     if tools.find_tool("clang-14", "clang") is None:
         pytest.skip("there is no clang")
     assert native.library() is None
-    assert "native.c cannot be compiled into .lab: " in native.state()
+    assert "native.c cannot be compiled and kept: " in native.state()
 
 
 @needs_native
