@@ -22,7 +22,7 @@ from typing import Final
 
 import labkit
 from labkit.errors import LabError
-from labkit.kernel import tools
+from labkit.kernel import native, tools
 
 _CONFIG: Final = (
     "PREEMPT", "PREEMPT_NONE", "PREEMPT_VOLUNTARY", "PREEMPT_DYNAMIC", "PREEMPT_RT", "HZ", "SMP",
@@ -56,7 +56,8 @@ def provenance() -> dict[str, object]:
         - jit: enabled (as ``net.core.bpf_jit_enable``), harden
         - load: the load averages; stolen_share: share of CPU time since boot that other
           machines on the host took
-        - tools: versions of bcc, clang, libbpf, bpftool, headers, python and packages
+        - tools: versions of bcc, clang, libbpf, bpftool, headers, python and packages; event_path:
+          who follows events, as ``labkit.kernel.native.state`` says
         - code: version, commit, modified (bool, None where there is no git), and digest, of all
           that is in labkit and bpf
     """
@@ -270,6 +271,7 @@ def _tools() -> dict[str, object]:
         **{name: _package_version(name) for name in _PACKAGES},
         "bcc": _bcc_version(),
         "clang": _clang_version(),
+        "event_path": native.state(),
         "libbpf": _libbpf_version(),
         "bpftool": _version_in(_said(bpftool, "version")) if bpftool else "",
         "headers": _headers_version(),

@@ -1,12 +1,12 @@
-"""The ring buffer read by NumPy: records of one size are taken a batch at a time.
+"""The ring buffer: records are taken a batch at a time, and no Python runs for a single one.
 
 The kernel maps a ring into user space as a page with the consumer's position, a page with
 the producer's, and the data twice in a row, so that a record never breaks at the end
 (kernel/bpf/ringbuf.c). Each record is an eight-byte header (its length, with bit 31 while
 the producer still writes it and bit 30 once it was discarded) and the payload, rounded up
-to eight bytes. Where all records have one size, headers and payloads are strided arrays:
-one comparison checks a few ten thousand headers, one assignment copies as many payloads,
-and no Python runs for a single record.
+to eight bytes. ``native.c`` walks from record to record. Where it cannot be compiled NumPy takes
+records of one size: headers and payloads are strided arrays then, one comparison checks a few ten
+thousand headers, and one assignment copies as many payloads.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import time
 from collections.abc import Iterator
 from ctypes import c_int, c_size_t, c_void_p
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from labkit.errors import BadInput, LabError
-from labkit.kernel import libbpf
+from labkit.kernel import libbpf, native
 from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map, map_error
@@ -52,7 +52,10 @@ _PIECE: Final = 32_768
 _BUSY_PAUSE_S: Final = 50e-6
 _POLL_LIMIT_MS: Final = 60_000
 
-Consumer = Literal["numpy", "libbpf"]
+# The longest sleep without a look at signals: one that comes just before it does not wake us.
+_NATIVE_SLEEP_S: Final = 1.0
+
+Consumer = Literal["native", "numpy", "libbpf"]
 
 _SampleCallback = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t)
 
@@ -111,6 +114,11 @@ class Layout:
         Size of the ring, bytes; a power of two.
     payload : int
         Size of every payload, bytes.
+
+    Attributes
+    ----------
+    words : numpy.ndarray
+        uint32: the data, once.
     """
 
     def __init__(self, data: mmap.mmap | bytearray, start: int, capacity: int, payload: int):
@@ -118,11 +126,16 @@ class Layout:
         self._data, self._start, self._mask = data, start, capacity - 1
         self._size = np.uint32(payload)
         self._payload = np.dtype(f"V{payload}")
-        self._words = np.frombuffer(data, np.uint32, count=capacity // 4, offset=start)
+        self.words = np.frombuffer(data, np.uint32, count=capacity // 4, offset=start)
 
     def header(self, position: int) -> int:
         """Header of the record at a position: its length and the bits of its state."""
-        return int(self._words[(position & self._mask) // 4])
+        return int(self.words[(position & self._mask) // 4])
+
+    def payload(self, position: int, length: int) -> npt.NDArray[np.uint8]:
+        """Bytes of the record at a position; a view."""
+        at = self._start + (position & self._mask) + HEADER_BYTES
+        return np.frombuffer(self._data, np.uint8, count=length, offset=at)
 
     def take(self, position: int, end: int, out: npt.NDArray[np.void]) -> tuple[int, int]:
         """Copy one piece of the records between two positions.
@@ -159,6 +172,21 @@ class Layout:
         copied = int(kept.sum())
         out[:copied] = payloads[:count][kept]
         return copied, count
+
+
+class Records(NamedTuple):
+    """Records of any size.
+
+    Attributes
+    ----------
+    data : numpy.ndarray
+        uint8: their payloads, each from a multiple of 8 bytes on.
+    places : numpy.ndarray
+        Rows of `labkit.kernel.native.PLACE`: ``start`` and ``size`` of each, bytes (uint64).
+    """
+
+    data: npt.NDArray[np.uint8]
+    places: npt.NDArray[np.void]
 
 
 @dataclass(frozen=True)
@@ -203,17 +231,17 @@ class RingReader(Closing):
         Layout of a record; its size is the size that the program reserves.
     batch : int
         Records in the array that the reader owns and fills again at every `read`.
-    consumer : {"numpy", "libbpf"}, optional
-        ``numpy`` reads the mapping itself, and relies on loads that are not reordered with
-        other loads, nor stores with earlier loads: x86. ``libbpf`` calls back for every
-        record: right everywhere, some hundred times slower. By default the first that
-        is right on this machine.
+    consumer : {"native", "numpy", "libbpf"}, optional
+        ``native`` is compiled C with the loads and stores that every CPU needs. ``numpy``
+        relies on loads that are not reordered with other loads, nor stores with earlier loads:
+        x86. ``libbpf`` calls back for every record: right everywhere, some hundred times
+        slower. By default the first that is to be had and right on this machine.
 
     Raises
     ------
     BadInput
-        No ring buffer map, a dtype that cannot be a record of it, a second reader, or
-        ``numpy`` on a CPU with weakly ordered memory.
+        No ring buffer map, a dtype that cannot be a record of it, a second reader,
+        ``numpy`` on a CPU with weakly ordered memory, or ``native`` where it cannot be compiled.
 
     Examples
     --------
@@ -247,9 +275,11 @@ class RingReader(Closing):
         _check_record(self._dtype, self._capacity)
         if batch < 1:
             raise BadInput(f"A batch holds at least 1 record, not {batch}.")
-        if self.consumer not in ("numpy", "libbpf"):
-            raise BadInput(f"A consumer is 'numpy' or 'libbpf', not {consumer!r}.")
-        if self.consumer == "numpy" and _right_here() != "numpy":
+        if self.consumer not in ("native", "numpy", "libbpf"):
+            raise BadInput(f"A consumer is 'native', 'numpy' or 'libbpf', not {consumer!r}.")
+        if self.consumer == "native" and native.library() is None:
+            raise BadInput(f"There is no native consumer here ({native.state()}): name another.")
+        if self.consumer == "numpy" and _weakly_ordered():
             raise BadInput(
                 f"On {platform.machine()} memory is weakly ordered and NumPy has no acquire "
                 "load: use consumer='libbpf'."
@@ -270,16 +300,18 @@ class RingReader(Closing):
         _being_read.add(self.map_id)
         try:
             self._map()
-            self._libbpf = _LibbpfConsumer(self._fd, self._void) if self._by_libbpf else None
+            self._libbpf = self._native = None
+            if self.consumer == "libbpf":
+                self._libbpf = _LibbpfConsumer(self._fd, self._void)
+            elif self.consumer == "native":
+                self._native = _NativeConsumer(
+                    self._consumer_position, self._producer_position, self._layout, self._fd
+                )
         except BaseException:
             self.close()
             raise
         self._poller = select.poll()
         self._poller.register(self._fd, select.POLLIN)
-
-    @property
-    def _by_libbpf(self) -> bool:
-        return self.consumer == "libbpf"
 
     def _map(self) -> None:
         page = mmap.PAGESIZE
@@ -344,10 +376,87 @@ class RingReader(Closing):
             out = out[:limit]
         if len(out) == 0:
             raise BadInput("out holds no record: make it longer.")
-        target: npt.NDArray[np.void] = out.view(self._void)
-        copied = self._take_by_libbpf(target) if self._by_libbpf else self._take(target)
+        if self._native is not None:
+            copied = self._native.take(out)
+            self.took(copied)
+            return out[:copied]
+        if self._libbpf is not None:
+            copied = self._take_by_libbpf(self._libbpf, out.view(self._void))
+        else:
+            copied = self._take(out.view(self._void))
         self._consumed += copied
         return out[:copied]
+
+    def read_any(self, room: int = 1 << 20, limit: int = 65_536) -> Records:
+        """Take records of any size that are in the ring now; never blocks.
+
+        The reader's dtype says nothing of them. A record that is still being written ends the
+        batch, and so does one for which there is no room any more.
+
+        Parameters
+        ----------
+        room : int
+            Bytes to hold them, each rounded up to eight.
+        limit : int
+            Records at most.
+
+        Returns
+        -------
+        Records
+            Yours to keep.
+
+        Raises
+        ------
+        BadInput
+            The reader is closed, has libbpf as its consumer, or the next record is larger than
+            ``room``.
+        SharedRing
+            Another consumer, of any process, has read from the ring.
+        """
+        self._check_open()
+        if room < 1 or limit < 1:
+            raise BadInput(f"Records want room and a limit, not {room} bytes and {limit} records.")
+        if self._libbpf is not None:
+            raise BadInput("libbpf's consumer takes records of one size: use another one.")
+        data, places = np.empty(room, np.uint8), np.empty(limit, native.PLACE)
+        if self._native is None:
+            taken, refused = self._take_any(data, places)
+        else:
+            taken, refused = self._native.take_any(data, places)
+            self._native.ring.refused = -1  # not for its size: for want of room
+            self.took(taken)
+        if not taken and refused >= 0:
+            raise BadInput(
+                f"The next record of ring id {self.map_id} has {refused} bytes, and there is room "
+                f"for {room}: give more."
+            )
+        self._consumed += taken if self._native is None else 0
+        return Records(data, places[:taken])
+
+    @property
+    def ring(self) -> native.Ring | None:
+        """The ring as compiled code reads it, which then says so by `took`; None: it cannot."""
+        self._check_open()
+        return None if self._native is None else self._native.ring
+
+    def took(self, records: int) -> None:
+        """Take the account of compiled code over: so many records, or the error that it met.
+
+        Raises
+        ------
+        BadInput
+            The ring holds a record of another size.
+        SharedRing
+            Another consumer, of any process, has read from the ring.
+        """
+        assert self._native is not None
+        ring = self._native.ring
+        self._position, self._discarded = ring.position, ring.discarded
+        if records < 0:
+            raise self._shared()
+        if not records and ring.refused >= 0:
+            raise self._other_size(ring.refused)
+        self._consumed += records
 
     def _take(self, out: npt.NDArray[np.void]) -> int:
         position, copied = self._own_position(), 0
@@ -371,32 +480,61 @@ class RingReader(Closing):
                 raise self._other_size(length)
         return copied
 
-    def _take_by_libbpf(self, out: npt.NDArray[np.void]) -> int:
-        assert self._libbpf is not None
+    def _take_any(
+        self, out: npt.NDArray[np.uint8], places: npt.NDArray[np.void]
+    ) -> tuple[int, int]:
+        """Answers how many records were taken, and the size of one that found no room, or -1."""
+        position, end = self._own_position(), int(self._producer_position[0])
+        taken = used = 0
+        refused = -1
+        while taken < len(places) and position < end:
+            header = self._layout.header(position)
+            length = header & _LENGTH
+            padded = slot_bytes(length) - HEADER_BYTES
+            if not header & DISCARDED and padded > len(out) - used:
+                refused = length
+                break
+            if header & BUSY:
+                break
+            if header & DISCARDED:
+                self._discarded += 1
+            else:
+                out[used : used + length] = self._layout.payload(position, length)
+                places[taken] = used, length
+                taken, used = taken + 1, used + padded
+            position += HEADER_BYTES + padded
+        self._own_position()
+        self._consumer_position[0] = self._position = position
+        return taken, refused
+
+    def _take_by_libbpf(self, consumer: _LibbpfConsumer, out: npt.NDArray[np.void]) -> int:
         before = self._own_position()
-        copied = self._libbpf.take(out)
+        copied = consumer.take(out)
         self._position = int(self._consumer_position[0])
-        if self._libbpf.refused is None:
+        if consumer.refused is None:
             passed = (self._position - before) // self._layout.slot
             self._discarded += passed - copied
         elif not copied:
-            raise self._other_size(self._libbpf.refused)
+            raise self._other_size(consumer.refused)
         return copied
 
     def _own_position(self) -> int:
         """Where we read on; `SharedRing` where somebody else has moved it."""
         if int(self._consumer_position[0]) != self._position:
-            raise SharedRing(
-                f"Somebody else reads ring id {self.map_id} too, so that records are lost to one "
-                "and seen twice by the other: a ring has one consumer, give each a ring of its own."
-            )
+            raise self._shared()
         return self._position
+
+    def _shared(self) -> SharedRing:
+        return SharedRing(
+            f"Somebody else reads ring id {self.map_id} too, so that records are lost to one "
+            "and seen twice by the other: a ring has one consumer, give each a ring of its own."
+        )
 
     def _other_size(self, length: int) -> BadInput:
         return BadInput(
             f"Ring id {self.map_id} holds a record of {length} bytes and the dtype has "
             f"{self._dtype.itemsize}: give the program's layout; records of several sizes "
-            "cannot be read by a RingReader."
+            "are read by read_any."
         )
 
     def wait(self, timeout_s: float) -> bool:
@@ -420,6 +558,8 @@ class RingReader(Closing):
         """
         self._check_open()
         deadline = time.monotonic() + _bounded(timeout_s)
+        if self._native is not None:
+            return self._wait_natively(self._native, deadline)
         # No wakeup is lost between our check and our sleep. By its default rule the kernel
         # wakes us only if it finds the consumer's position at the record that it commits
         # (bpf_ringbuf_commit: xchg of the header, then load of the position), and on x86 our
@@ -437,6 +577,18 @@ class RingReader(Closing):
             else:
                 self._poller.poll(min(math.ceil(left * 1e3), _POLL_LIMIT_MS))
         return True
+
+    def _wait_natively(self, consumer: _NativeConsumer, deadline: float) -> bool:
+        _mapped = self._layout  # stays, also if another thread closes the reader meanwhile
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            answer = consumer.wait(min(left, _NATIVE_SLEEP_S))
+            if answer == 1 or (answer == 0 and left <= _NATIVE_SLEEP_S):
+                return answer == 1
+            # What a signal asks for, Python does now, between two steps.
+            if answer not in (0, -errno.EINTR):
+                self._check_open()
+                raise map_error(-answer, f"Waiting for ring id {self.map_id}")
 
     def _ready(self) -> bool:
         position = int(self._consumer_position[0])
@@ -504,7 +656,7 @@ class RingReader(Closing):
         if fd < 0:
             return
         _being_read.discard(self.map_id)
-        for name in ("_layout", "_consumer_position", "_producer_position"):
+        for name in ("_native", "_layout", "_consumer_position", "_producer_position"):
             self.__dict__.pop(name, None)
         consumer = self.__dict__.pop("_libbpf", None)
         if consumer is not None:
@@ -518,6 +670,48 @@ class RingReader(Closing):
     def __del__(self) -> None:
         if "_fd" in self.__dict__:
             self.close()
+
+
+class _NativeConsumer:
+    """``native.c`` on the mapping of one reader."""
+
+    def __init__(
+        self,
+        consumer: npt.NDArray[np.uint64],
+        producer: npt.NDArray[np.uint64],
+        layout: Layout,
+        fd: int,
+    ) -> None:
+        library = native.library()
+        assert library is not None
+        self._mapped = consumer, producer, layout
+        self.ring = native.Ring(
+            consumer=native.address(consumer),
+            producer=native.address(producer),
+            data=native.address(layout.words),
+            capacity=4 * len(layout.words),
+            position=int(consumer[0]),
+            refused=-1,
+            fd=fd,
+        )
+        self._at = ctypes.byref(self.ring)
+        self._take, self._take_any = library.lab_ring_take, library.lab_ring_take_any
+        self._wait = library.lab_ring_wait
+
+    def take(self, out: npt.NDArray[Any]) -> int:
+        """Fill an array with records of its size; -1: somebody else reads the ring."""
+        return int(self._take(self._at, native.address(out), len(out), out.itemsize))
+
+    def take_any(self, out: npt.NDArray[np.uint8], places: npt.NDArray[np.void]) -> tuple[int, int]:
+        """Fill an array with records of any size; also the size of one without room, or -1."""
+        taken = self._take_any(
+            self._at, native.address(out), len(out), native.address(places), len(places)
+        )
+        return int(taken), self.ring.refused
+
+    def wait(self, seconds: float) -> int:
+        """1 with a record, 0 without one in time, else a negative error number."""
+        return int(self._wait(self._at, int(seconds * 1e9)))
 
 
 class _LibbpfConsumer:
@@ -560,8 +754,14 @@ class _LibbpfConsumer:
         self._lib.ring_buffer__free(self._rings)
 
 
+def _weakly_ordered() -> bool:
+    return platform.machine() not in ("x86_64", "AMD64")
+
+
 def _right_here() -> Consumer:
-    return "numpy" if platform.machine() in ("x86_64", "AMD64") else "libbpf"
+    if native.library() is not None:
+        return "native"
+    return "libbpf" if _weakly_ordered() else "numpy"
 
 
 def _check_record(dtype: np.dtype[Any], capacity: int) -> None:

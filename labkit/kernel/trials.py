@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from labkit.errors import LabError
-from labkit.kernel import leftovers, libbpf, network, programs, tools
+from labkit.kernel import leftovers, libbpf, native, network, programs, tools
 from labkit.kernel.libbpf import AttachType, MapFlag, MapKind, ProgramKind, UpdateFlag
 from labkit.kernel.parallel import cpus
 from labkit.kernel.perf_events import perf_event, probe_source
@@ -771,6 +771,13 @@ def _compiles(compiler: str | None, *options: str) -> str:
 def _clang() -> str:
     versions = [f"clang-{number}" for number in range(30, 10, -1)]
     return _compiles(tools.find_tool("clang", *versions), "--target=bpf", "-c")
+
+
+@_trial("native", "make setup installs clang; until then NumPy follows events, slower", needs=())
+def _native() -> str:
+    if native.library() is None:
+        raise Refused(native.state())
+    return f"the event path, {native.state()}"
 
 
 @_trial("gcc", _SETUP, needs=())

@@ -16,7 +16,8 @@ class Poll(Strategy):
     It needs nobody's help and sees anybody's writes, but only the newest version of each key at
     each read, and no earlier than at the next one. What it counts as produced are the steps of
     the versions: exact for writers that add 1 with each write and delete of a key, once the key
-    is there. A key that is missing counts as one change until it comes back.
+    is there. A key that is missing counts as one change until it comes back; where very many are
+    missing, those that were first are forgotten (`Replica.resync`) and count as new ones then.
 
     Values of an array may be torn by a write that overlaps the read, and then stay so until the
     next one; a hash replaces its elements whole.

@@ -1,12 +1,14 @@
-"""A copy of a map in NumPy arrays: a batch of changes is applied without a loop over rows.
+"""A copy of a map in one NumPy array: a batch of changes is applied without Python for each.
 
-Keys live in slots of an open-addressing hash table. A row, once a key's, stays that key's: a
-deleted key keeps its version there (a tombstone), so that an older change which arrives late
-cannot bring it back.
+Keys are found by slots of an open-addressing hash table. A deleted key keeps its row and its
+version there (a tombstone), so that an older change which arrives late cannot bring it back, until
+a snapshot tells the same of it (see `Replica.resync`). ``labkit/kernel/native.c`` applies changes
+and compares snapshots; where it cannot be compiled NumPy does, with the same outcome.
 """
 
 from __future__ import annotations
 
+import ctypes
 import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from labkit.errors import BadInput
+from labkit.kernel import native
 from labkit.kernel.maps import Map, Snapshot, encode
 from labkit.sync.changes import ChangeKind, Changes, change_dtype, versions_of
 
@@ -25,6 +28,7 @@ Words = list[npt.NDArray[np.uint64]]
 _EMPTY = -1
 _LEAST_ROWS = 1_024
 _SLOTS_PER_ROW = 2  # half of the slots are free at least: probes stay short
+_FEW_TOMBSTONES = 4_096
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: spreads neighbouring keys
 
 
@@ -88,37 +92,34 @@ class Replica:
         self.key_dtype = table.key_dtype
         self.value_dtype = table.value_dtype
         self._field = version
-        self._used = 0
-        self._keys: Words = [np.zeros(0, np.uint64) for _ in range(-(-table.key_size // 8))]
-        self._versions = np.zeros(0, np.uint64)
-        self._known = np.zeros(0, np.bool_)  # a change of this key was applied
-        self._present = np.zeros(0, np.bool_)
-        self._seen_ns = np.zeros(0, np.uint64)
-        # When the newest snapshot began in which the key was missing: what was committed before
-        # that is older than its absence.
-        self._missing_ns = np.zeros(0, np.uint64)
-        self._values = np.zeros(0, self.value_dtype)
-        self._latest = np.zeros(0, np.int64)  # scratch of `apply`
-        self._slots = np.zeros(0, np.int32)
+        self.change_dtype = change_dtype(self.key_dtype, self.value_dtype)
+        self._library = native.library()
+        self._used = self._live = 0
         self._complete_ns = 0  # when the newest complete snapshot began
-        self._grow(_LEAST_ROWS)
+        # Rows; the compiled code keeps as many bits of their keys beside each.
+        self._slot_dtype = np.int32 if self._library is None else np.int64
+        self._slots = np.full(_SLOTS_PER_ROW * _LEAST_ROWS, _EMPTY, self._slot_dtype)
+        self._latest = np.empty(0, np.int64)  # scratch of `_apply_by_numpy`
+        self._hold(np.zeros(_LEAST_ROWS, _row_dtype(table.key_size, self.value_dtype)))
 
     def __len__(self) -> int:
-        return int(self._present[: self._used].sum())
+        return self._live
 
     @property
     def nbytes(self) -> int:
         """Bytes that the copy takes, its index included."""
-        flags = self._known.nbytes + self._present.nbytes
-        times = self._versions.nbytes + self._seen_ns.nbytes + self._missing_ns.nbytes
-        index = sum(column.nbytes for column in self._keys) + self._slots.nbytes
-        return index + flags + times + self._values.nbytes + self._latest.nbytes
+        return self._rows.nbytes + self._slots.nbytes + self._latest.nbytes
+
+    @property
+    def crowded(self) -> bool:
+        """Whether rows of absent keys are many: a resync from a complete snapshot forgets some."""
+        return self._used - self._live > max(_FEW_TOMBSTONES, 2 * self._live)
 
     # -- reading -----------------------------------------------------------------------
 
     def get(self, key: Any) -> Reading | None:
         """Value of a key with version and age; None where it is absent."""
-        row = int(self._find(self._as_words(encode([key], self.key_dtype, "key")))[0])
+        row = int(self._find(encode([key], self.key_dtype, "key"))[0])
         if row == _EMPTY or not self._present[row]:
             return None
         age = time.monotonic_ns() - int(self._seen_ns[row])
@@ -127,11 +128,12 @@ class Replica:
     def contents(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint64], npt.NDArray[Any]]:
         """Keys, versions and values of all keys that are present, in no order."""
         here = np.flatnonzero(self._present[: self._used])
-        return self._as_keys(here), self._versions[here], self._values[here]
+        rows = self._rows[here]
+        return self._as_keys(rows), rows["version"].copy(), rows["value"].copy()
 
     def differs(self, snapshot: Snapshot) -> int:
         """Keys that are here and not there, there and not here, or of another version."""
-        rows = self._find(self._as_words(snapshot.keys))
+        rows = self._find(snapshot.keys)
         known = rows != _EMPTY
         rows, versions = rows[known], versions_of(snapshot.values, self._field)[known]
         here = self._present[rows]
@@ -146,7 +148,7 @@ class Replica:
         Parameters
         ----------
         snapshot : Snapshot
-            Its arrays become the replica's own: do not write into them afterwards.
+            It is copied.
         started_ns : int
             When the snapshot began, CLOCK_MONOTONIC nanoseconds. A change of a key that it
             lacks is passed over if it was committed before.
@@ -158,21 +160,19 @@ class Replica:
         """
         if self._used:
             raise BadInput("This replica holds keys already: bring it up to date by resync.")
-        count = len(snapshot)
         if snapshot.complete:
             self._complete_ns = started_ns
-        if count == 0:
-            return
-        self._keys = self._as_words(snapshot.keys)
-        self._versions = versions_of(snapshot.values, self._field)
-        self._values = np.ascontiguousarray(snapshot.values)
-        self._known = np.ones(count, np.bool_)
-        self._present = np.ones(count, np.bool_)
-        self._seen_ns = np.full(count, time.monotonic_ns(), np.uint64)
-        self._missing_ns = np.zeros(count, np.uint64)
-        self._latest = np.empty(count, np.int64)
-        self._used = count
-        self._index_anew(count)
+        count = len(snapshot)
+        rows = np.zeros(max(count, _LEAST_ROWS), self._rows.dtype)
+        for column, word in zip(rows["key"].T, self._as_words(snapshot.keys), strict=True):
+            column[:count] = word
+        new = rows[:count]
+        new["version"], new["value"] = versions_of(snapshot.values, self._field), snapshot.values
+        new["known"] = new["present"] = True
+        new["seen_ns"] = time.monotonic_ns()
+        self._used = self._live = count
+        self._hold(rows)
+        self._index_anew()
 
     def apply(self, changes: Changes) -> Bools:
         """Apply a batch; a change that is older than what its key was at is passed over.
@@ -183,24 +183,60 @@ class Replica:
         Parameters
         ----------
         changes : numpy.ndarray
-            Rows of `labkit.sync.changes.change_dtype` in the order of their arrival; several
-            of one key may stand in it. ``seen_ns`` is filled in, and so is the version of a
-            delete that named none.
+            Rows of ``change_dtype`` in the order of their arrival; several of one key may stand
+            in it. ``seen_ns`` is filled in, and so is the version of a delete that named none.
 
         Returns
         -------
         numpy.ndarray
             bool, shape ``(n,)``: the change was newer than all before it of its key.
+
+        Raises
+        ------
+        BadInput
+            An array of something else, or one that cannot be written.
         """
-        count = len(changes)
-        if count == 0:
+        if changes.dtype.names != self.change_dtype.names or not changes.flags.writeable:
+            raise BadInput(
+                "Changes are an array of the replica's change_dtype that can be written, not one "
+                f"of {changes.dtype}."
+            )
+        if len(changes) == 0:
             return np.zeros(0, np.bool_)
-        rows = self._find_or_add(self._as_words(changes["key"]))
+        if changes.dtype is not self.change_dtype and changes.dtype != self.change_dtype:
+            # NumPy packs the fields closer when it joins arrays.
+            laid_out = changes.astype(self.change_dtype)
+            fresh = self.apply(laid_out)
+            for name in ("seen_ns", "version"):
+                changes[name] = laid_out[name]
+            return fresh
+        return self._apply_by_numpy(changes) if self._library is None else self._apply(changes)
+
+    def _apply(self, changes: Changes) -> Bools:
+        assert self._library is not None
+        count, (stride,), done = len(changes), changes.strides, 0
+        fresh = np.empty(count, np.bool_)
+        first, said = native.address(changes), native.address(fresh)
+        while True:
+            done += self._library.lab_table_apply(
+                self.shared(), first + done * stride, stride, self._value_at, count - done,
+                said + done,
+            )  # fmt: skip
+            self.take_over()
+            if done == count:
+                return fresh
+            self._grow(self._used + 1)
+
+    def _apply_by_numpy(self, changes: Changes) -> Bools:
+        count = len(changes)
+        rows = self._find_or_add(changes["key"])
         deletes = changes["kind"] == ChangeKind.DELETE
         any_deletes = bool(deletes.any())
         chosen: Bools | Rows
         position = np.arange(count)
         # A repeated index keeps the last assignment: this finds the last change of each key.
+        if len(self._latest) < len(self._rows):
+            self._latest = np.empty(len(self._rows), np.int64)
         latest = self._latest
         latest[rows] = position
         last = latest[rows] == position
@@ -224,6 +260,8 @@ class Replica:
             target = rows[chosen]
         self._known[target] = True
         self._versions[target] = version[chosen]
+        self._live -= int(np.count_nonzero(self._present[target]))
+        self._live += int(np.count_nonzero(~deletes[chosen]))
         self._present[target] = ~deletes[chosen]
         self._values[target] = changes["value"][chosen]
         now = time.monotonic_ns()
@@ -280,22 +318,84 @@ class Replica:
     def resync(self, snapshot: Snapshot, *, started_ns: int) -> Resynced:
         """Bring the copy to a snapshot; answers what that changed.
 
+        Where the rows of absent keys are too many (`crowded`), those are forgotten that a complete
+        snapshot lacks, and whose last change had arrived before the complete snapshot in front of
+        it began. Nothing older than such a change comes back by that. A late change that was
+        committed before this snapshot began is passed over, since the new row that its key gets is
+        one of a key that was missing then. One that was committed later is newer than what was
+        forgotten. And a program that stops between its commit and its look at the clock would have
+        to stand still from one resync to the next. So the copy takes memory for the keys that are
+        present, and for those deleted within two resyncs, however many there have been.
+
         Parameters
         ----------
         snapshot : Snapshot
-            If it is complete, keys that it lacks are deleted here, unless their last change
-            arrived after it had begun: such a key may have been inserted behind the reader.
-            Nobody told of such a delete: its version is the last known one.
+            Each key stands in it once. If it is complete, keys that it lacks are deleted here,
+            unless their last change arrived after it had begun: such a key may have been inserted
+            behind the reader. Nobody told of such a delete: its version is the last known one.
         started_ns : int
             When the snapshot began, CLOCK_MONOTONIC nanoseconds.
 
         Returns
         -------
         Resynced
-            The changes, and the writes that they stand for.
+            The changes, and the writes that they stand for; a key that was forgotten is a new one.
         """
+        before_ns = self._complete_ns
+        compare = self._compare_by_numpy if self._library is None else self._compare
+        rows, newer, steps = compare(snapshot, started_ns)
+        absent = np.zeros(0, np.int64)
+        if snapshot.complete:
+            self._complete_ns = max(started_ns, 1)
+            used = slice(0, self._used)
+            missing = self._present[used] & (self._seen_ns[used] < np.uint64(started_ns))
+            missing[rows] = False
+            absent = np.flatnonzero(missing)
+        changes = np.zeros(len(newer) + len(absent), self.change_dtype)
+        updates, deletes = changes[: len(newer)], changes[len(newer) :]
+        updates["kind"], deletes["kind"] = ChangeKind.UPDATE, ChangeKind.DELETE
+        updates["key"], updates["value"] = snapshot.keys[newer], snapshot.values[newer]
+        updates["version"] = versions_of(updates["value"], self._field)
+        deletes["key"], deletes["version"] = (
+            self._as_keys(self._rows[absent]),
+            self._versions[absent],
+        )
+        self._present[absent] = False
+        self._live -= len(absent)
+        self._missing_ns[absent] = self._complete_ns
+        now = time.monotonic_ns()
+        self._seen_ns[rows[newer]] = self._seen_ns[absent] = now
+        changes["seen_ns"] = now
+        if snapshot.complete and self.crowded:
+            self._forget(rows, before_ns)
+        return Resynced(changes, steps + len(absent))
+
+    def _compare(self, snapshot: Snapshot, started_ns: int) -> tuple[Rows, Rows, int]:
+        assert self._library is not None
+        count = len(snapshot)
+        keys, values = np.ascontiguousarray(snapshot.keys), np.ascontiguousarray(snapshot.values)
+        versions = versions_of(values, self._field)
+        rows, newer = np.empty(count, np.int64), np.empty(count, np.int64)
+        diff = native.Diff(
+            keys=native.address(keys),
+            values=native.address(values),
+            versions=native.address(versions),
+            count=count,
+            started_ns=started_ns,
+            rows=native.address(rows),
+            newer=native.address(newer),
+        )
+        while diff.done < count:
+            self._library.lab_table_diff(self.shared(), ctypes.byref(diff))
+            self.take_over()
+            if diff.done < count:
+                self._grow(self._used + 1)
+        return rows, newer[: diff.news], int(diff.steps)
+
+    def _compare_by_numpy(self, snapshot: Snapshot, started_ns: int) -> tuple[Rows, Rows, int]:
+        """Take the newer entries over; answers the row of each, which they are, and their steps."""
         versions = versions_of(snapshot.values, self._field)
-        rows = self._find_or_add(self._as_words(snapshot.keys), distinct=True)
+        rows = self._find_or_add(snapshot.keys, distinct=True)
         known = np.where(self._known[rows], self._versions[rows], 0)
         # A delete that named no version may have been that of an older one.
         back = ~self._present[rows] & (versions == known)
@@ -306,32 +406,66 @@ class Replica:
         step = (versions[newer] - known[newer]).astype(np.int64)
         inferred = self._known[target] & ~self._present[target] & (self._missing_ns[target] > 0)
         step -= inferred.astype(np.int64)
-        steps = int(np.maximum(step, 1).sum())
-        absent = np.zeros(0, np.int64)
-        if snapshot.complete:
-            self._complete_ns = max(started_ns, 1)
-            used = slice(0, self._used)
-            missing = self._present[used] & (self._seen_ns[used] < np.uint64(started_ns))
-            missing[rows] = False
-            absent = np.flatnonzero(missing)
-        changes = np.zeros(
-            len(target) + len(absent), change_dtype(self.key_dtype, self.value_dtype)
-        )
-        updates, deletes = changes[: len(target)], changes[len(target) :]
-        updates["kind"], deletes["kind"] = ChangeKind.UPDATE, ChangeKind.DELETE
-        updates["key"], deletes["key"] = snapshot.keys[newer], self._as_keys(absent)
-        updates["version"], deletes["version"] = versions[newer], self._versions[absent]
-        updates["value"] = snapshot.values[newer]
+        self._live += int(np.count_nonzero(~self._present[target]))
         self._known[target] = True
         self._versions[target] = versions[newer]
         self._present[target] = True
         self._values[target] = snapshot.values[newer]
-        self._present[absent] = False
-        self._missing_ns[absent] = self._complete_ns
-        now = time.monotonic_ns()
-        self._seen_ns[target] = self._seen_ns[absent] = now
-        changes["seen_ns"] = now
-        return Resynced(changes, steps + len(absent))
+        return rows, newer, int(np.maximum(step, 1).sum())
+
+    def _forget(self, seen: Rows, before_ns: int) -> None:
+        """Drop rows of absent keys that changed before then; not those that a snapshot showed."""
+        used = slice(0, self._used)
+        kept = self._present[used] | (self._seen_ns[used] >= np.uint64(before_ns))
+        kept[seen] = True
+        self._used = int(np.count_nonzero(kept))
+        rows = np.zeros(max(self._used, _LEAST_ROWS), self._rows.dtype)
+        rows[: self._used] = self._rows[used][kept]
+        self._hold(rows)
+        self._latest = np.empty(0, np.int64)
+        self._index_anew()
+
+    # -- the rows ----------------------------------------------------------------------
+
+    def _hold(self, rows: npt.NDArray[np.void]) -> None:
+        """Keep everything in these rows from now on."""
+        self._rows = rows
+        self._keys: Words = list(rows["key"].T)
+        self._versions: npt.NDArray[np.uint64] = rows["version"]
+        self._known: Bools = rows["known"]  # a change of this key was applied
+        self._present: Bools = rows["present"]
+        self._seen_ns: npt.NDArray[np.uint64] = rows["seen_ns"]
+        # When the newest snapshot began in which the key was missing: what was committed before
+        # that is older than its absence.
+        self._missing_ns: npt.NDArray[np.uint64] = rows["missing_ns"]
+        self._values: npt.NDArray[Any] = rows["value"]
+        self._share()
+
+    def _share(self) -> None:
+        """Tell the compiled code where everything is."""
+        self._value_at = self.change_dtype.fields["value"][1]  # type: ignore[index]
+        self._table = native.Table(
+            rows=native.address(self._rows),
+            slots=native.address(self._slots),
+            mask=len(self._slots) - 1,
+            room=len(self._rows),
+            row_bytes=self._rows.dtype.itemsize,
+            key_bytes=self.key_dtype.itemsize,
+            words=len(self._keys),
+            value_at=self._rows.dtype.fields["value"][1],  # type: ignore[index]
+            value_bytes=self.value_dtype.itemsize,
+        )
+        self._table_at = ctypes.pointer(self._table)
+
+    def shared(self) -> Any:
+        """Rows and slots as compiled code takes them; `take_over` follows its use."""
+        self._table.used, self._table.live = self._used, self._live
+        self._table.complete_ns = self._complete_ns
+        return self._table_at
+
+    def take_over(self) -> None:
+        """Take the account of compiled code over."""
+        self._used, self._live = self._table.used, self._table.live
 
     # -- the index ---------------------------------------------------------------------
 
@@ -344,9 +478,8 @@ class Replica:
         packed[:, :size] = np.ascontiguousarray(keys).view(np.uint8).reshape(count, size)
         return [column.copy() for column in packed.view(np.uint64).T]
 
-    def _as_keys(self, rows: Rows) -> npt.NDArray[Any]:
-        words = np.stack([column[rows] for column in self._keys], axis=1)
-        raw = words.view(np.uint8).reshape(len(rows), 8 * len(self._keys))
+    def _as_keys(self, rows: npt.NDArray[np.void]) -> npt.NDArray[Any]:
+        raw = rows["key"].copy().view(np.uint8).reshape(len(rows), 8 * len(self._keys))
         packed = np.ascontiguousarray(raw[:, : self.key_dtype.itemsize])
         return packed.reshape(-1).view(self.key_dtype.base).reshape(-1, *self.key_dtype.shape)
 
@@ -358,8 +491,18 @@ class Replica:
         mixed &= np.uint64(len(self._slots) - 1)
         return mixed.view(np.int64)
 
-    def _find(self, words: Words) -> Rows:
+    def _find(self, keys: npt.NDArray[Any]) -> Rows:
         """Row of each key, or -1."""
+        if self._library is None:
+            return self._find_by_numpy(self._as_words(keys))
+        packed, rows = np.ascontiguousarray(keys), np.empty(len(keys), np.int64)
+        self._library.lab_table_find(
+            self.shared(), native.address(packed), self.key_dtype.itemsize, len(rows),
+            native.address(rows),
+        )  # fmt: skip
+        return rows
+
+    def _find_by_numpy(self, words: Words) -> Rows:
         slots = self._first_slots(words)
         rows = self._slots[slots].astype(np.int64)
         mask = len(self._slots) - 1
@@ -381,9 +524,10 @@ class Replica:
             other |= column[rows] != word
         return other
 
-    def _find_or_add(self, words: Words, *, distinct: bool = False) -> Rows:
+    def _find_or_add(self, keys: npt.NDArray[Any], *, distinct: bool = False) -> Rows:
         """Row of each key; keys that are not here yet get one. ``distinct``: none comes twice."""
-        rows = self._find(words)
+        words = self._as_words(keys)
+        rows = self._find_by_numpy(words)
         missing = np.flatnonzero(rows == _EMPTY)
         if missing.size == 0:
             return rows
@@ -393,16 +537,13 @@ class Replica:
             _, first, which = np.unique(joined.reshape(-1), return_index=True, return_inverse=True)
             new = [word[first] for word in new]
         added = np.arange(self._used, self._used + len(new[0]))
-        if self._used + len(added) > len(self._versions):
+        if self._used + len(added) > len(self._rows):
             self._grow(self._used + len(added))
         for column, word in zip(self._keys, new, strict=True):
             column[added] = word
         self._missing_ns[added] = self._complete_ns
         self._used += len(added)
-        if _SLOTS_PER_ROW * self._used > len(self._slots):
-            self._index_anew(self._used)
-        else:
-            self._index(added)
+        self._index(added)
         rows[missing] = added[which]
         return rows
 
@@ -417,29 +558,37 @@ class Replica:
             further = self._slots[slots] != rows
             rows, slots = rows[further], (slots[further] + 1) & mask
 
-    def _index_anew(self, rows: int) -> None:
-        self._slots = np.full(_SLOTS_PER_ROW << (rows - 1).bit_length(), _EMPTY, np.int32)
-        self._index(np.arange(self._used))
+    def _index_anew(self) -> None:
+        """Make slots for all rows that there is room for."""
+        bits = (len(self._rows) - 1).bit_length()
+        self._slots = np.full(_SLOTS_PER_ROW << bits, _EMPTY, self._slot_dtype)
+        self._share()
+        if self._library is None:
+            self._index(np.arange(self._used))
+        else:
+            self._library.lab_table_index(self.shared(), 0)
 
     def _grow(self, rows: int) -> None:
         """Make room for that many rows at least, and for as many again as there are."""
-        room = max(rows, 2 * self._used)
+        larger = np.zeros(max(rows, 2 * self._used), self._rows.dtype)
+        larger[: self._used] = self._rows[: self._used]
+        self._hold(larger)
+        if _SLOTS_PER_ROW * len(larger) > len(self._slots):
+            self._index_anew()
 
-        def grown(part: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            larger = np.zeros((room, *part.shape[1:]), part.dtype)
-            larger[: self._used] = part[: self._used]
-            return larger
 
-        self._keys = [grown(column) for column in self._keys]
-        self._versions = grown(self._versions)
-        self._known = grown(self._known)
-        self._present = grown(self._present)
-        self._seen_ns = grown(self._seen_ns)
-        self._missing_ns = grown(self._missing_ns)
-        self._values = grown(self._values)
-        self._latest = np.empty(room, np.int64)
-        if _SLOTS_PER_ROW * room > len(self._slots):
-            self._index_anew(room)
+def _row_dtype(key_bytes: int, value: np.dtype[Any]) -> np.dtype[np.void]:
+    """``struct row`` of native.c, and the value behind its key."""
+    words = -(-key_bytes // 8)
+    at = 32 + 8 * words
+    return np.dtype(
+        {
+            "names": ["version", "seen_ns", "missing_ns", "known", "present", "key", "value"],
+            "formats": ["u8", "u8", "u8", "?", "?", ("u8", (words,)), value],
+            "offsets": [0, 8, 16, 24, 25, 32, at],
+            "itemsize": at + -(-value.itemsize // 8) * 8,
+        }
+    )
 
 
 def _grouped(rows: Rows, used: int) -> Rows:

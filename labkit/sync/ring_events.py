@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,17 +12,21 @@ import numpy as np
 import numpy.typing as npt
 
 from labkit.errors import BadInput
+from labkit.kernel import native
 from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.ringbuf import RingReader, slot_bytes
-from labkit.sync.changes import Changes, change_dtype, event_dtype
+from labkit.sync.changes import Changes, event_dtype
 from labkit.sync.strategy import Stats, Strategy, bounded
 
 COUNTS = np.dtype([("emitted", "u8"), ("dropped", "u8")])
 """``struct change_counts`` of bpf/change_event.h: what one program did on one CPU."""
 
 _NEVER = float("inf")
+# Each look at the counters is a system call. A drop of events shows in numbers and in a full ring
+# as well; one that nobody else tells of is found so much later at most.
+_LOOK_AFTER_S = 0.001
 # Where program and CPU stand in an event, as words of 8 bytes (the byte before them is the kind).
 _WHO_AT = 3
 _WHO = np.uint64(0xFFFF_FF00)
@@ -89,8 +94,8 @@ class RingEvents(Strategy):
     emit no event. That something was dropped shows in the programs' counters and in the
     sequence of the events; then the map is read whole, and the replica has every key at the
     version it was at when the reading began, or a newer one. This happens, in the middle of a
-    busy stream too, within ``timer_s`` + max(``resync_gap_s``, duration of the resync before)
-    + duration of one resync, while `poll` is called.
+    busy stream too, within ``timer_s`` + 1 ms + max(``resync_gap_s``, duration of the resync
+    before) + duration of one resync, while `poll` is called.
 
     Parameters
     ----------
@@ -180,7 +185,7 @@ class RingEvents(Strategy):
     def _subscribe(self) -> None:
         table = self.table
         self._event = event_dtype(table.key_dtype, table.value_dtype)
-        self._change = change_dtype(table.key_dtype, table.value_dtype)
+        self._change = self.replica.change_dtype
         self._slot = slot_bytes(self._event.itemsize)
         counts = self._channel.counts
         one = counts.value_buffer().nbytes
@@ -194,9 +199,11 @@ class RingEvents(Strategy):
         # Counters first, ring second: what is counted by now and still unread shows itself by a
         # smaller number (see _number).
         self._produced_before, self._dropped_before = self._count()
-        self._dropped_seen = self._dropped()
-        self._expected = np.full(len(self._produced_before), -1, np.int64)
+        self._dropped_seen, self._look_at = self._dropped(), 0.0
+        self._number_from_now()
         self._reader = RingReader(self._channel.ring, self._event, batch=1)
+        self._native = self._native_follow(self._reader)
+        self._half_bytes = self._reader.stats().capacity_bytes // 2
 
     def _unsubscribe(self) -> None:
         reader, self._reader = self._reader, None
@@ -218,12 +225,44 @@ class RingEvents(Strategy):
             self._drops_were, self._drops_in_all = drops, int(self._drops.sum())
         return self._drops_in_all
 
+    def _number_from_now(self) -> None:
+        """Know no number yet, of any source that was counted."""
+        self._expected = np.full(len(self._produced_before), -1, np.int64)
+        self._library = native.library()
+        self._account = [
+            native.address(part)
+            for part in (self._expected, self._produced_before, self._dropped_before)
+        ]
+
     def _number(self, events: npt.NDArray[Any]) -> bool:
         """Follow the numbers of each source; answers whether one is missing."""
+        cpus = len(self._counts) // len(self._count_readers)
+        if self._library is not None:
+            found: int = self._library.lab_events_number(
+                native.address(events), events.itemsize, len(events), cpus, len(self._expected),
+                *self._account,
+            )  # fmt: skip
+            if found < 0:
+                raise self._of_nobody()
+            return found > 0
+        if (
+            int(events["program"].max()) >= len(self._count_readers)
+            or (events["cpu"] >= cpus).any()
+        ):
+            raise self._of_nobody()
+        return self._number_by_numpy(events, cpus)
+
+    def _of_nobody(self) -> BadInput:
+        return BadInput(
+            f"An event in ring id {self._channel.ring.id} names a program or a CPU that the "
+            f"channel's counters (id {self._channel.counts.id}) do not have: make them for as many "
+            "programs as write to the ring."
+        )
+
+    def _number_by_numpy(self, events: npt.NDArray[Any], cpus: int) -> bool:
         words = events.view(np.uint64).reshape(len(events), -1)
         who = words[:, _WHO_AT] & _WHO
         seq = words[:, 0].view(np.int64)
-        cpus = len(self._counts) // len(self._count_readers)
         if (who == who[0]).all():
             source = int(events["program"][0]) * cpus + int(events["cpu"][0])
             return self._number_one(source, seq, events["dropped"])
@@ -260,38 +299,81 @@ class RingEvents(Strategy):
                 time.sleep(self._gather_s)
             news = self._take()
             if self._pull_at() <= time.monotonic():
-                news = np.concatenate([news, self._pull()])
+                news = np.concatenate([news, self._pull()], dtype=self._change)
             if len(news) or time.monotonic() >= deadline:
                 return news
 
     def _take(self) -> Changes:
         """Read the ring into the replica, and see whether anything is missing."""
         assert self._reader is not None
-        unread = self._reader.unread_bytes
-        if not unread:
-            news = self._nothing()
-            lost = False
-        else:
+        if self._native is not None:
+            news, lost, unread = self._take_natively(self._native, self._reader)
+        elif unread := self._reader.unread_bytes:
             events = self._read(min(unread // self._slot + 1, MOST_EVENTS))
             lost = bool(len(events)) and self._number(events)
             news = self._apply(events.view(self._change))
-        dropped = self._dropped()
-        if lost or dropped > self._dropped_seen:
+        else:
+            news, lost = self._nothing(), False
+        now = time.monotonic()
+        # A full ring cannot have become less than half full since: there is no other reader.
+        if lost or not unread or unread > self._half_bytes or now >= self._look_at:
+            self._look_at = now + _LOOK_AFTER_S
+            dropped = self._dropped()
+            lost |= dropped > self._dropped_seen
             self._dropped_seen = dropped
-            self._resync_at = min(self._resync_at, max(time.monotonic(), self._resync_from))
+        if lost:
+            self._resync_at = min(self._resync_at, max(now, self._resync_from))
         return news
+
+    def _native_follow(self, reader: RingReader) -> native.Follow | None:
+        """What compiled code needs to do all of `_take`; None where there is none."""
+        ring = reader.ring
+        if ring is None or self._library is None:
+            return None
+        # Events are read into one place, again and again, and news copied from there.
+        self._events = np.empty(MOST_EVENTS, self._event)
+        self._as_changes = self._events.view(self._change)
+        self._fresh = np.empty(MOST_EVENTS, np.bool_)
+        expected, produced_before, dropped_before = self._account
+        return native.Follow(
+            ring=ctypes.pointer(ring),
+            events=native.address(self._events),
+            most=MOST_EVENTS,
+            event_bytes=self._event.itemsize,
+            value_at=self._event.fields["value"][1],  # type: ignore[index]
+            fresh=native.address(self._fresh),
+            cpus=len(self._counts) // len(self._count_readers),
+            sources=len(self._expected),
+            expected=expected,
+            produced_before=produced_before,
+            dropped_before=dropped_before,
+        )
+
+    def _take_natively(
+        self, follow: native.Follow, reader: RingReader
+    ) -> tuple[Changes, bool, int]:
+        """Answers the news, whether a number is missing, and the bytes that were unread before."""
+        assert self._library is not None
+        follow.table = self.replica.shared()
+        taken: int = self._library.lab_follow(follow)
+        self.replica.take_over()
+        reader.took(taken)
+        if follow.gap < 0:
+            raise self._of_nobody()
+        changes, fresh, applied = self._as_changes[:taken], self._fresh[:taken], follow.applied
+        if applied < taken:
+            fresh[applied:] = self.replica.apply(changes[applied:])
+        return self._count_news(changes, fresh).copy(), follow.gap > 0, follow.unread
 
     def _read(self, room: int) -> npt.NDArray[Any]:
         """Take so many events from the ring at most; the array is the caller's."""
         assert self._reader is not None
         return self._reader.read(np.empty(room, self._event))
 
-    def _nothing(self) -> Changes:
-        return np.zeros(0, self._change)
-
     def _pull_at(self) -> float:
         """When the map is to be read whole, by time.monotonic."""
-        return self._resync_at
+        # A replica that remembers too many keys which are gone forgets some by a resync.
+        return self._resync_from if self.replica.crowded else self._resync_at
 
     def _pull(self) -> Changes:
         """Read the map whole; what was counted as dropped by now is in it."""

@@ -13,8 +13,8 @@ import numpy as np
 from labkit.errors import BadInput
 from labkit.kernel.closing import Closing
 from labkit.kernel.maps import Map
-from labkit.sync.changes import Changes, change_dtype, require_version
-from labkit.sync.replica import Replica
+from labkit.sync.changes import Changes, require_version
+from labkit.sync.replica import Bools, Replica
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,11 @@ class Strategy(Closing, ABC):
 
     def _apply(self, changes: Changes) -> Changes:
         """Bring changes into the replica; answers those that were news, and counts both."""
-        fresh = self.replica.apply(changes)
-        news = changes if fresh.all() else changes[fresh]
+        return self._count_news(changes, self.replica.apply(changes))
+
+    def _count_news(self, changes: Changes, fresh: Bools) -> Changes:
+        """Of changes that were applied those that were news; counts both."""
+        news = changes if np.count_nonzero(fresh) == len(changes) else changes[fresh]
         self._delivered += len(news)
         self._coalesced += len(changes) - len(news)
         return news
@@ -234,7 +237,7 @@ class Strategy(Closing, ABC):
         return news
 
     def _nothing(self) -> Changes:
-        return np.zeros(0, change_dtype(self.table.key_dtype, self.table.value_dtype))
+        return np.zeros(0, self.replica.change_dtype)
 
     def _unusable(self) -> BadInput:
         if self._closed:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.bench.bench_kernel import EVENT, Producer
+from labkit.kernel import native
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.ringbuf import Consumer, RingReader, SharedRing, slot_bytes
@@ -19,6 +20,7 @@ pytestmark = [
 ]
 
 EVENTS = 16
+CONSUMERS = ["numpy", "libbpf"] if native.library() is None else ["native", "numpy", "libbpf"]
 
 
 def move(ring: Map, slots: int) -> None:
@@ -27,7 +29,7 @@ def move(ring: Map, slots: int) -> None:
     np.frombuffer(page, np.int64, count=1)[0] += slots * slot_bytes(EVENT.itemsize)
 
 
-@pytest.mark.parametrize("consumer", ["numpy", "libbpf"])
+@pytest.mark.parametrize("consumer", CONSUMERS)
 @pytest.mark.parametrize("slots", [-1, 1, EVENTS, 1_000_000])
 def test_a_second_consumer_is_noticed(consumer: Consumer, slots: int) -> None:
     with (

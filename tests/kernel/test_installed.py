@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from labkit.kernel import native
+
 pytestmark = pytest.mark.outside_vm("what pip installs is the same on every kernel")
 
 ROOT = Path(__file__).parents[2]
@@ -27,12 +29,13 @@ FOLLOW = """
 import sys
 from pathlib import Path
 import labkit
-from labkit.kernel import compiler
+from labkit.kernel import compiler, native
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.sync import Poll, TraceHook
 
 compiler.KEPT = Path.cwd()
+native.KEPT = Path.cwd() / "native"
 follower = {"poll": Poll, "hook": TraceHook}[sys.argv[1]]
 with Map.create(MapKind.HASH, key="u4", value="u8", max_entries=8) as policy:
     with follower() as strategy:
@@ -97,6 +100,7 @@ def test_a_map_is_followed_with_numpy_alone(installed: Path, tmp_path: Path) -> 
     module, sources, version = done.stdout.splitlines()
     assert Path(module).is_relative_to(installed)
     assert (Path(sources), version) == (installed / "labkit" / "bpf", "7")
+    assert list(tmp_path.glob("native/*.so")) or native.library() is None
 
 
 def test_a_program_is_compiled_from_where_it_was_installed(installed: Path, tmp_path: Path) -> None:

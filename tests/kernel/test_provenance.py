@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from labkit.kernel import native
 from labkit.kernel import provenance as facts_module
 from labkit.kernel.provenance import provenance, usage, usage_since
 
@@ -26,6 +27,7 @@ def test_it_is_json_and_names_kernel_time_and_code() -> None:
     assert isinstance(code, dict) and isinstance(tools, dict) and isinstance(cpu, dict)
     assert code["version"]
     assert tools["numpy"] and tools["libbpf"] and tools["bcc"] and tools["clang"]
+    assert tools["event_path"] == native.state()
     assert cpu["count"] == os.cpu_count()
     assert "." in str(facts["kernel"])
 

@@ -17,7 +17,7 @@ import pytest
 
 from experiments.bench.bench_kernel import EVENT, Produced, Producer
 from labkit.errors import BadInput
-from labkit.kernel import libbpf, programs
+from labkit.kernel import libbpf, native, programs
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, another_cpu, shared_array, together
@@ -29,7 +29,9 @@ ROOM = (BYTES - 1) // SLOT  # the kernel never fills the last byte
 
 pytestmark = pytest.mark.outside_vm("asks nothing of the kernel that differs between kernels")
 
-each_consumer = pytest.mark.parametrize("consumer", ["numpy", "libbpf"])
+CONSUMERS: list[Consumer]
+CONSUMERS = ["numpy", "libbpf"] if native.library() is None else ["native", "numpy", "libbpf"]
+each_consumer = pytest.mark.parametrize("consumer", CONSUMERS)
 
 
 @contextmanager
@@ -104,7 +106,7 @@ def test_a_limit_and_a_given_array_bound_a_batch(ring: Map, consumer: Consumer) 
         assert len(reader.read(out)) == 1
 
 
-def test_the_fallback_equals_the_fast_one() -> None:
+def test_all_consumers_take_the_same() -> None:
     def taken(consumer: Consumer) -> tuple[list[int], RingStats, Produced]:
         with (
             new_ring() as ring,
@@ -117,7 +119,8 @@ def test_the_fallback_equals_the_fast_one() -> None:
                 batches += [reader.read().copy() for _ in range(events // 100 + 1)]
             return np.concatenate(batches)["seq"].tolist(), reader.stats(), producer.counts()
 
-    assert taken("numpy") == taken("libbpf")
+    first, *others = map(taken, CONSUMERS)
+    assert all(other == first for other in others)
 
 
 @each_consumer
@@ -228,6 +231,48 @@ def test_a_wait_is_bounded_and_looks_again(ring: Map, consumer: Consumer) -> Non
         assert len(reader.poll(0)) == 1
 
 
+@each_consumer
+def test_ctrl_c_ends_a_wait(consumer: Consumer) -> None:
+    script = f"""
+import signal
+from labkit.kernel.maps import Map, MapKind
+from labkit.kernel.ringbuf import RingReader
+signal.signal(signal.SIGINT, signal.default_int_handler)
+ring = Map.create(MapKind.RINGBUF, key=None, value=None, max_entries=65536, name="t_ring")
+reader = RingReader(ring, "u8", consumer="{consumer}")
+try:
+    print("waits", flush=True)
+    reader.wait(600)
+except KeyboardInterrupt:
+    print("ended")
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+    ) as waiting:
+        assert waiting.stdout is not None and waiting.stdout.readline() == "waits\n"
+        time.sleep(0.1)
+        waiting.send_signal(signal.SIGINT)
+        try:
+            assert waiting.communicate(timeout=60)[0] == "ended\n"
+        finally:
+            waiting.kill()
+
+
+@each_consumer
+def test_a_wait_goes_on_after_a_signal_that_is_dealt_with(ring: Map, consumer: Consumer) -> None:
+    came = []
+    before = signal.signal(signal.SIGALRM, lambda *_: came.append(time.monotonic()))
+    try:
+        with RingReader(ring, EVENT, consumer=consumer) as reader:
+            signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+            begun = time.monotonic()
+            assert not reader.wait(0.3)
+            assert time.monotonic() - begun >= 0.3 and len(came) > 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_iterating_ends(ring: Map) -> None:
     with RingReader(ring, EVENT) as reader, Producer(ring.fd, "default") as producer:
         with Child(lambda: [producer.flood(10) for _ in range(5)]) as child:
@@ -248,6 +293,35 @@ def test_every_wakeup_policy_delivers_all(ring: Map, wakeup: str) -> None:
             child.result()
     assert np.array_equal(events["intended_ns"], start_ns + 20_000 * np.arange(300))
     assert (events["committed_ns"] >= events["intended_ns"]).all()
+
+
+@pytest.mark.parametrize("consumer", [one for one in CONSUMERS if one != "libbpf"])
+@pytest.mark.parametrize("other", [8, 24, 40, 64])
+def test_records_of_any_size_are_taken(ring: Map, consumer: Consumer, other: int) -> None:
+    with (
+        programs.load("ring_sizes", RING_FD=ring.fd, OTHER_BYTES=other) as unit,
+        RingReader(ring, EVENT, consumer=consumer) as reader,
+    ):
+        for _ in range(1_000):  # over the end of the ring
+            unit.program("emit").test_run()
+            records = reader.read_any(room=256)
+            sizes = records.places["size"].tolist()
+            assert sorted(set(sizes)) == sorted({32, other}) and sizes.count(other) == 1
+            ends = records.places["start"] + -(-records.places["size"] // 8) * 8
+            assert records.places["start"].tolist() == [0, *ends[:-1].tolist()]
+            assert reader.stats().unread_bytes == 0
+        unit.program("emit").test_run()
+        with pytest.raises(BadInput, match="has 32 bytes, and there is room for 31"):
+            reader.read_any(room=31)
+        assert len(reader.read_any(limit=1).places) == 1
+
+
+def test_libbpf_takes_one_size(ring: Map) -> None:
+    with RingReader(ring, EVENT, consumer="libbpf") as reader:
+        with pytest.raises(BadInput, match="records of one size"):
+            reader.read_any()
+        with pytest.raises(BadInput, match="want room and a limit"):
+            reader.read_any(room=0)
 
 
 @each_consumer
@@ -282,6 +356,12 @@ def test_what_is_no_ring_or_no_record_is_refused(ring: Map) -> None:
         RingReader(ring, EVENT, consumer="bcc")  # type: ignore[arg-type]
 
 
+def test_what_cannot_be_had_here_is_refused(ring: Map, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.SWITCH, "0")
+    with pytest.raises(BadInput, match=r"no native consumer here \(NumPy: LABKIT_NATIVE=0\)"):
+        RingReader(ring, EVENT, consumer="native")
+
+
 def test_a_ring_has_one_reader(ring: Map) -> None:
     with RingReader(ring, EVENT), pytest.raises(BadInput, match="has a reader already"):
         RingReader(ring, EVENT)
@@ -291,6 +371,9 @@ def test_a_ring_has_one_reader(ring: Map) -> None:
 
 def test_a_weakly_ordered_cpu_gets_the_fallback(ring: Map, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    with RingReader(ring, EVENT) as reader:
+        assert reader.consumer == ("libbpf" if native.library() is None else "native")
+    monkeypatch.setenv(native.SWITCH, "0")
     with RingReader(ring, EVENT) as reader:
         assert reader.consumer == "libbpf"
     with pytest.raises(BadInput, match="On aarch64 memory is weakly ordered"):

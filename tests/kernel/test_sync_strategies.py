@@ -7,13 +7,15 @@ import importlib
 import pkgutil
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 import labkit.sync
 from labkit.errors import BadInput
-from labkit.kernel import programs
+from labkit.kernel import native, programs
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, another_cpu
@@ -21,8 +23,10 @@ from labkit.kernel.pins import PinFolder
 from labkit.kernel.ringbuf import WAKEUPS
 from labkit.load.event_writer import EventWriter, updates
 from labkit.load.steady_writer import SteadyWriter
+from labkit.sync.changes import ChangeKind
 from labkit.sync.hybrid import Hybrid
 from labkit.sync.poll import Poll
+from labkit.sync.replica import Replica
 from labkit.sync.ring_events import COUNTS, Channel, RingEvents
 from labkit.sync.strategy import Strategy
 
@@ -332,3 +336,47 @@ def test_a_known_share_of_events_is_lost_and_counted(table: Map, channel: Channe
         assert strategy.behind and not writer.script["unread"].any()
     with pytest.raises(BadInput, match="lose_every"):
         EventWriter(table, channel, updates(1, 1), lose_every=-1)
+
+
+# -- memory ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("switch", ["1", "0"], ids=["native", "numpy"])
+@pytest.mark.parametrize("strategy", [RingEvents, Hybrid])
+def test_keys_that_are_gone_are_forgotten(
+    table: Map,
+    channel: Channel,
+    strategy: type[RingEvents],
+    switch: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(native.SWITCH, switch)
+    turns, keys = 8, 3_000
+    with (
+        EventWriter(table, channel, coming_and_going(turns * keys)) as writer,
+        strategy(channel, timer_s=0.01, resync_gap_s=0.01) as follower,
+    ):
+        replica, most = follower.attach(table), 0
+        for _ in range(turns):
+            writer.write(2 * keys)
+            deadline = time.monotonic() + 60
+            while follower.stats().unread_bytes or replica.crowded:
+                follower.poll(0.02)
+                assert time.monotonic() < deadline, "it never forgets"
+            most = max(most, replica.nbytes)
+        stats = follower.stats()
+        assert stats.produced == stats.delivered == 2 * turns * keys
+        assert 0 < stats.resyncs <= turns * 4 and len(replica) == 0
+    remembering = Replica(table)
+    everything = np.zeros(turns * keys, remembering.change_dtype)
+    everything["key"], everything["kind"] = np.arange(len(everything)), ChangeKind.DELETE
+    everything["version"] = 2
+    remembering.apply(everything)
+    assert most < remembering.nbytes / 2
+
+
+def coming_and_going(keys: int) -> npt.NDArray[Any]:
+    """Each key comes once and goes at once."""
+    script = np.repeat(updates(keys, 1), 2)
+    script["version"][1::2], script["kind"][1::2] = 2, ChangeKind.DELETE
+    return script

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit.errors import BadInput
+from labkit.kernel import native
 from labkit.kernel.maps import Snapshot
 from labkit.sync.changes import ChangeKind, Changes, change_dtype, event_dtype, versions_of
 from labkit.sync.replica import Replica
@@ -259,3 +262,108 @@ def test_an_event_is_a_change_under_other_names() -> None:
 def test_versions_come_from_a_field_or_are_the_value() -> None:
     assert versions_of(np.array([3, 4], "u4"), "version").tolist() == [3, 4]
     assert versions_of(np.array([(3, 0)], VALUE), "version").tolist() == [3]
+
+
+# -- what is forgotten ----------------------------------------------------------------------
+
+both_paths = pytest.mark.parametrize("switch", ["1", "0"], ids=["native", "numpy"])
+
+
+@both_paths
+def test_memory_follows_the_content_and_not_the_history(
+    switch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(native.SWITCH, switch)
+    replica, most, batch_keys = Replica(layout("u8", "u8")), [0, 0], 10_000
+    held = np.arange(64, dtype=np.uint64)  # the newest keys
+    for turn in range(150):  # 3 M inserts and deletes
+        keys = held[-1] + 1 + np.arange(batch_keys, dtype=np.uint64)
+        gone = np.concatenate([held, keys])[:batch_keys]
+        changes = np.zeros(2 * batch_keys, replica.change_dtype)
+        changes["key"][::2], changes["key"][1::2] = keys, gone
+        changes["kind"] = np.tile([ChangeKind.UPDATE, ChangeKind.DELETE], batch_keys)
+        changes["version"] = np.tile([1, 2], batch_keys)
+        changes["committed_ns"] = time.monotonic_ns()
+        assert replica.apply(changes).all()
+        held = keys[-64:]
+        if replica.crowded:
+            here = Snapshot(held, np.ones(64, np.uint64), complete=True, restarts=0)
+            replica.resync(here, started_ns=time.monotonic_ns())
+        most[turn >= 10] = max(most[turn >= 10], replica.nbytes)
+    assert np.array_equal(np.sort(replica.contents()[0]), held)
+    assert most[1] <= most[0], "it grows with what was, not with what is"
+
+
+@pytest.mark.parametrize("present", [0, 5_000])
+def test_few_tombstones_are_no_crowd(present: int) -> None:
+    replica = Replica(layout())
+    replica.load(snapshot(dict.fromkeys(range(present), 1)), started_ns=0)
+    most = max(4_096, 2 * present)
+    replica.apply(batch([(2, present + key, 1, 0) for key in range(most)]))
+    assert not replica.crowded
+    replica.apply(batch([(2, present + most, 1, 0)]))
+    assert replica.crowded and len(replica) == present
+
+
+@both_paths
+def test_what_a_snapshot_shows_and_what_came_late_is_remembered(
+    switch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(native.SWITCH, switch)
+    monkeypatch.setattr(Replica, "crowded", True)
+    replica, far = Replica(layout()), 2**62
+    # The delete of 3 was announced before it took place.
+    replica.apply(batch([(2, 3, 7, 0), (2, 4, 7, 0), (1, 5, 1, 0)]))
+    for at in (far, far + 1):
+        assert len(replica.resync(snapshot({3: 6, 5: 1}), started_ns=at).changes) == 0
+    assert not replica.apply(batch([(1, 3, 7, 0)])).any()
+    assert replica.apply(batch([(1, 4, 7, far + 1)])).all(), "committed after it was missing"
+    assert not replica.apply(batch([(1, 6, 1, far)])).any()
+
+
+worlds = st.lists(
+    st.one_of(
+        st.tuples(st.just("write"), st.integers(0, 1), st.sampled_from([1, 2])),
+        st.tuples(st.just("arrive"), st.integers(0, 3)),
+        st.tuples(st.just("read"), st.just(0)),
+    ),
+    min_size=5,
+    max_size=40,
+)
+
+
+@both_paths
+@settings(max_examples=500, deadline=None)
+@given(steps=worlds)
+def test_nothing_older_comes_back_by_forgetting(switch: str, steps: Any) -> None:
+    # Events arrive late and in any order; each snapshot shows what is there at its moment.
+    with mock.patch.dict("os.environ", {native.SWITCH: switch}):
+        replica = Replica(layout())
+    world: dict[int, int] = {}
+    versions, on_their_way, shown, shown_ns = dict.fromkeys(range(2), 0), [], dict[int, int](), 0
+    committed: dict[tuple[int, int], int] = {}
+    for now_ns, (what, *rest) in enumerate(steps, 2**62):
+        if what == "write":
+            key, kind = rest
+            if kind == ChangeKind.DELETE and world.pop(key, None) is None:
+                continue
+            versions[key] += 1
+            if kind == ChangeKind.UPDATE:
+                world[key] = versions[key]
+            committed[key, versions[key]] = now_ns
+            on_their_way.append((kind, key, versions[key], now_ns))
+        elif what == "arrive" and on_their_way:
+            replica.apply(batch([on_their_way.pop(rest[0] % len(on_their_way))]))
+        elif what == "read":
+            with mock.patch.object(Replica, "crowded", True):
+                replica.resync(snapshot(world), started_ns=now_ns)
+            shown, shown_ns = dict(world), now_ns
+            assert contents(replica) == world
+        for key, version in contents(replica).items():
+            if key in shown:
+                assert version >= shown[key]
+            else:
+                assert committed[key, version] >= shown_ns, "it was gone by then"
+    for event in on_their_way:
+        replica.apply(batch([event]))
+    assert contents(replica) == world
