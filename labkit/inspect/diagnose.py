@@ -32,6 +32,9 @@ from labkit.kernel.libbpf import MapFlag, MapKind
 from labkit.kernel.maps import PER_CPU, Map, MapError, Snapshot
 from labkit.kernel.objects import MapObject, Objects, ProgramObject
 
+MOST_MAPS: Final = 100
+"""Of one name, that are looked at in one go."""
+
 _HASHES: Final = {"hash", "percpu_hash"}
 _LRU: Final = {"lru_hash", "lru_percpu_hash"}
 _ARRAYS: Final = {"array", "percpu_array"}
@@ -177,7 +180,7 @@ def diagnose(which: str) -> list[Diagnosis]:
     Raises
     ------
     BadInput
-        There is no such map.
+        There is no such map, or more than `MOST_MAPS` have the name.
     Unavailable
         This user may not look at BPF objects.
     MapError
@@ -185,6 +188,11 @@ def diagnose(which: str) -> list[Diagnosis]:
     """
     now = objects.snapshot()
     wanted = map_ids(which, now)
+    if len(wanted) > MOST_MAPS:
+        raise BadInput(
+            f"{len(wanted):,} maps are called {which!r}, and {MOST_MAPS} are looked at in one go: "
+            f"name one by its id, such as {wanted[-1]}, the newest."
+        )
     where = attachments.survey(now)
     return [
         Diagnosis(state, tuple(sorted(diagnostics(state), key=lambda one: one.weight)))

@@ -696,6 +696,8 @@ def shown(name: bytes) -> str:
     a\xff\n
     """
     text = name.decode(errors="surrogateescape")
+    if text.isprintable() and "\\" not in text:
+        return text
     return "".join(one if one.isprintable() and one != "\\" else _escaped(one) for one in text)
 
 
