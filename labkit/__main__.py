@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status; see the module.
     """
     chosen = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _terminated)
+    _heed_signals()
     try:
         status: int = chosen.command(chosen)
         sys.stdout.flush()
@@ -378,6 +378,22 @@ def _setting(text: str) -> tuple[str, Any]:
 def _complain(error: LabError, about: str = "") -> int:
     print(f"{about}: {error}" if about else str(error), file=sys.stderr, flush=True)
     return error.status
+
+
+def _heed_signals() -> None:
+    """End by way of every clean-up when told to, and when make is gone that this was started by.
+
+    In the background of a script SIGINT is ignored, which nobody wished; SIGHUP is ignored for who
+    asks for it (nohup).
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _terminated)
+    if sys.platform == "linux" and os.environ.get("MAKELEVEL"):
+        from labkit.kernel.parallel import die_with_parent
+
+        die_with_parent(signal.SIGTERM)
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

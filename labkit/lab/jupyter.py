@@ -30,7 +30,10 @@ _END_LIMIT_S: Final = 15.0  # Jupyter ends its kernels first
 _ASK_EVERY_S: Final = 0.2
 _ANSWER_S: Final = 30.0
 _ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1"}
-_SEARCHED: Final = ("JUPYTER_CONFIG_PATH", "JUPYTER_NO_CONFIG", "JUPYTER_TOKEN_FILE")
+# Places of configuration, and what ties to make the commands that a user gives in a terminal.
+_WITHOUT: Final = (
+    "JUPYTER_CONFIG_PATH", "JUPYTER_NO_CONFIG", "JUPYTER_TOKEN", "JUPYTER_TOKEN_FILE", "MAKELEVEL",
+)  # fmt: skip
 
 
 def serve(listen: str, port: int, notebooks: Path, token: str = "") -> int:
@@ -116,7 +119,7 @@ def _environment(folder: Path) -> dict[str, str]:
         "JUPYTER_RUNTIME_DIR": str(folder),
         "JUPYTER_PREFER_ENV_PATH": "0",  # our folder comes before the environment's
     }
-    for name in (*_SEARCHED, "JUPYTER_TOKEN"):
+    for name in _WITHOUT:
         environment.pop(name, None)
     return environment
 
