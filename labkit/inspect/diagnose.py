@@ -50,6 +50,7 @@ _MOST_LISTED: Final = 4
 _MOST_USERS: Final = 20
 _NAME_BYTES: Final = 15
 _WIDTH: Final = 100
+_DIGITS: Final = 10  # of an id, which has 32 bits
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def map_ids(which: str, now: Objects) -> list[int]:
     """Ids of the maps that an id, a path or a name means; `BadInput` where there is none."""
     if not which:
         raise BadInput("Name a map: by its id, the path of a pin, or its name.")
-    if which.isdecimal():
+    if which.isascii() and which.isdecimal() and len(which) <= _DIGITS:
         if int(which) in now.maps:
             return [int(which)]
         raise BadInput(f"There is no map with id {which}: bpftool map show lists them.")
