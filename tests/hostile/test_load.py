@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from labkit.__main__ import CAUSE_FOUND
+from labkit.errors import CAUSE_FOUND
 from labkit.kernel import objects
 from tests.hostile.crowd import (
     BY_HUNDRED,
