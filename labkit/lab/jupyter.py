@@ -27,6 +27,8 @@ from labkit.kernel.parallel import die_with_parent
 
 _START_LIMIT_S: Final = 180.0  # where the CPU is emulated it takes a minute
 _END_LIMIT_S: Final = 15.0  # Jupyter ends its kernels first
+_SOCKET_PATH_BYTES: Final = 107  # sun_path, with a NUL
+_SOCKET_NAME_BYTES: Final = len("/kernel-01234567-89ab-cdef-0123-456789abcdef-ipc-99")
 _ASK_EVERY_S: Final = 0.2
 _ANSWER_S: Final = 30.0
 _ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1"}
@@ -57,6 +59,8 @@ def serve(listen: str, port: int, notebooks: Path, token: str = "") -> int:
 
     Raises
     ------
+    BadInput
+        The path of temporary folders is too long for sockets.
     LabError
         It answers a question without the token: it was ended again.
     TimedOut
@@ -64,6 +68,8 @@ def serve(listen: str, port: int, notebooks: Path, token: str = "") -> int:
     """
     asked = token or secrets.token_hex(24)
     with temporary_folder() as folder:
+        if len(os.fsencode(folder)) + _SOCKET_NAME_BYTES > _SOCKET_PATH_BYTES:
+            raise BadInput("TMPDIR has too long a path for its kernels' sockets: name a short one.")
         settings = _settings(listen, port, notebooks, asked)
         for name, content in settings.items():
             (folder / name).write_text(json.dumps(content))
