@@ -4,6 +4,11 @@
 PROFILE ?= quick
 PYTEST_ARGS ?=
 ENTER := provision/enter.sh
+# A recipe ends with make, also where make is killed.
+ifneq ($(shell setpriv --pdeathsig TERM echo yes 2>/dev/null),)
+.SHELLFLAGS := --pdeathsig TERM -- $(SHELL) -c
+SHELL := setpriv
+endif
 PYTHON := .venv/bin/python
 
 # What a user gives reaches the commands by the environment, as it stands: neither make nor a shell

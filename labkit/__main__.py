@@ -6,17 +6,19 @@ The exit status tells what kind of end it was: see `EXIT`.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from labkit import __version__
+from labkit import __version__, console
 from labkit.errors import CAUSE_FOUND, FALLS_SHORT, BadInput, LabError, Unavailable
 from labkit.kernel.tools import CHECKOUT
 
@@ -32,6 +34,13 @@ EXIT = (
     "not seen within its limit; 70 an error of the lab itself; 130 after Ctrl-C."
 )
 OWN_ERROR = 70
+_MOST_ARGUMENT_BYTES = 4096  # PATH_MAX
+_MOST_TIMES = 10_000
+_READ_S = 1.0  # so long a watch that is over waits for who reads its lines
+_OF_FILES = {
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.ENOTDIR, errno.EISDIR, errno.EROFS,
+    errno.ENOSPC, errno.EDQUOT, errno.EIO,
+}  # fmt: skip
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -63,29 +72,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     int
         Exit status; see the module.
     """
-    chosen = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _terminated)
+    console.open_missing()
+    _heed_signals()
     try:
-        status: int = chosen.command(chosen)
-        sys.stdout.flush()
+        with console.guarded_output() as output:
+            chosen = _parser().parse_args(_sized(sys.argv[1:] if arguments is None else arguments))
+            chosen.output = output
+            status: int = chosen.command(chosen)
         return status
     except LabError as error:
         return _complain(error)
     except KeyboardInterrupt:
-        tell = "Interrupted; what was running has been stopped and removed."
-        print(f"\n{tell}", file=sys.stderr, flush=True)
+        console.tell("\nInterrupted; what was running has been stopped and removed.")
         return 130
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if os.environ.get("LABKIT_TRACEBACK"):
             raise
         if isinstance(error, ModuleNotFoundError) and not _is_ours(error.name or ""):
             return _complain(_NotInstalled(error.name))
+        if isinstance(error, OSError) and error.errno in _OF_FILES and error.filename:
+            named = os.fsdecode(error.filename)
+            console.tell(f"{named!r} cannot be used ({error.strerror}): name another.")
+            return LabError.status
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        tell = f"This is an error of the lab itself ({what}). LABKIT_TRACEBACK=1 shows where."
-        print(tell, file=sys.stderr, flush=True)
+        console.tell(
+            f"This is an error of the lab itself ({what}). LABKIT_TRACEBACK=1 shows where."
+        )
         return OWN_ERROR
 
 
@@ -269,6 +283,7 @@ def _watch(chosen: argparse.Namespace) -> int:
 
     if bool(chosen.map or chosen.program is not None) == chosen.all:
         raise BadInput("Name maps, or a --program of which you mean the maps, or say --all.")
+    chosen.output.deadline = time.monotonic() + chosen.seconds + _READ_S
     with Output(chosen.json, chosen.parquet, chosen.keys, chosen.values) as output:
         show(
             chosen.map,
@@ -364,6 +379,12 @@ def _positive(text: str, what: str = "a number") -> float:
     return value
 
 
+def _times(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) <= _MOST_TIMES):
+        raise argparse.ArgumentTypeError(f"give a number from 1 to {_MOST_TIMES:,}, not {text!r}")
+    return int(text)
+
+
 def _setting(text: str) -> tuple[str, Any]:
     """Split ``name=value``; the value is JSON, or else a word."""
     name, equals, value = text.partition("=")
@@ -373,11 +394,40 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+    except RecursionError:
+        raise BadInput(f"The value of --set {name} is too deep: give a plain one.") from None
 
 
 def _complain(error: LabError, about: str = "") -> int:
-    print(f"{about}: {error}" if about else str(error), file=sys.stderr, flush=True)
+    console.tell(f"{about}: {error}" if about else str(error))
     return error.status
+
+
+def _sized(arguments: Sequence[str]) -> Sequence[str]:
+    """The arguments, if none is longer than the longest path."""
+    for one in arguments:
+        if (size := len(os.fsencode(one))) > _MOST_ARGUMENT_BYTES:
+            raise BadInput(
+                f"An argument has {size:,} bytes, and a command takes {_MOST_ARGUMENT_BYTES:,} at "
+                "the most: shorten it."
+            )
+    return arguments
+
+
+def _heed_signals() -> None:
+    """End by way of every clean-up when told to, and when make is gone that this was started by.
+
+    In the background of a script SIGINT is ignored, which nobody wished; SIGHUP is ignored for who
+    asks for it (nohup).
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _terminated)
+    if sys.platform == "linux" and os.environ.get("MAKELEVEL"):
+        from labkit.kernel.parallel import die_with_parent
+
+        die_with_parent(signal.SIGTERM)
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
@@ -444,9 +494,9 @@ def _parser() -> argparse.ArgumentParser:
 
     soak = add("soak", _soak, "run the quick experiments again and again, quiet and under load")
     soak.add_argument("experiment", nargs="*", metavar="EXPERIMENT", help="id; by default all")
-    soak.add_argument("--times", type=int, default=3, metavar="N",
+    soak.add_argument("--times", type=_times, default=3, metavar="N",
                       help="measurements in each condition (3)")  # fmt: skip
-    soak.add_argument("--times-by-times", type=int, default=20, metavar="N",
+    soak.add_argument("--times-by-times", type=_times, default=20, metavar="N",
                       help="the same where times or rates decide (20)")  # fmt: skip
     soak.add_argument("--folder", help="folder of runs (default: runs of the checkout)")
 

@@ -3,6 +3,12 @@
 
 set -euo pipefail
 
+# What make starts ends with it, also where make is killed: the kernel tells each script in turn.
+if [[ -n ${MAKELEVEL:-} && ${LAB_BOUND:-} != "$$" ]] && setpriv --pdeathsig TERM true 2>/dev/null; then
+    export LAB_BOUND=$$
+    exec setpriv --pdeathsig TERM -- "$0" "$@"
+fi
+
 # The checkout, whatever directory the caller is in.
 LAB_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 # Everything that provisioning makes besides .venv: header links, logs, tool links.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,7 +22,7 @@ import pandas as pd
 from experiments.bench import kernel_bars as bars
 from labkit.errors import LabError, TimedOut, Unavailable
 from labkit.judge.statistics import percentiles
-from labkit.kernel import compiler, probe, programs
+from labkit.kernel import compiler, leftovers, probe, programs
 from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
@@ -395,11 +394,14 @@ class ByLibbpf(Consumer):
 
 def _compiled(source: Path) -> int:
     """Compile a C program against libbpf; the descriptor is all that is left of it."""
-    with tempfile.TemporaryDirectory(prefix="labkit-") as folder:
-        program = Path(folder) / source.stem
+    with leftovers.temporary_folder() as folder:
+        program = folder / source.stem
         command = ["gcc", "-O2", "-o", str(program), str(source), "-lbpf"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_S)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_BUILD_S,
+                env={**os.environ, "TMPDIR": str(folder)},
+            )  # fmt: skip
         except FileNotFoundError:
             raise Unavailable("gcc is missing: install Debian's gcc (make setup does).") from None
         except subprocess.TimeoutExpired:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 
 import pandas as pd
 
 from labkit.errors import LabError, TimedOut
+from labkit.kernel import leftovers
 from labkit.kernel.tools import go_command
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment, say
 
@@ -108,10 +108,10 @@ def go_map(*, readers: int, run_ms: int, processes: int) -> Tables:
         ``read_ns`` (float64, over all readers; NaN where it did not come to an end).
     """
     rows = []
-    with tempfile.TemporaryDirectory(prefix="labkit-go-") as folder:
+    with leftovers.temporary_folder() as folder:
         for detector in (False, True):
             say("building with the race detector" if detector else "building")
-            program = _build(Path(folder), detector)
+            program = _build(folder, detector)
             for turn in range(processes):
                 say(f"process {turn + 1} of {processes}{', race detector' * detector}")
                 for case in _CASES:
@@ -135,6 +135,7 @@ def _build(folder: Path, detector: bool) -> Path:
     environment = {
         **os.environ,
         "GOCACHE": str(_CACHE),
+        "TMPDIR": str(folder),  # what a killed compiler leaves goes with the folder
         "GOPROXY": "off",  # one file, no module: nothing is to be fetched
         "GOTOOLCHAIN": "local",
         "GO111MODULE": "off",

@@ -32,6 +32,9 @@ from labkit.kernel.libbpf import MapFlag, MapKind
 from labkit.kernel.maps import PER_CPU, Map, MapError, Snapshot
 from labkit.kernel.objects import MapObject, Objects, ProgramObject
 
+MOST_MAPS: Final = 100
+"""Of one name, that are looked at in one go."""
+
 _HASHES: Final = {"hash", "percpu_hash"}
 _LRU: Final = {"lru_hash", "lru_percpu_hash"}
 _ARRAYS: Final = {"array", "percpu_array"}
@@ -47,6 +50,7 @@ _MOST_LISTED: Final = 4
 _MOST_USERS: Final = 20
 _NAME_BYTES: Final = 15
 _WIDTH: Final = 100
+_DIGITS: Final = 10  # of an id, which has 32 bits
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ def diagnose(which: str) -> list[Diagnosis]:
     Raises
     ------
     BadInput
-        There is no such map.
+        There is no such map, or more than `MOST_MAPS` have the name.
     Unavailable
         This user may not look at BPF objects.
     MapError
@@ -185,6 +189,11 @@ def diagnose(which: str) -> list[Diagnosis]:
     """
     now = objects.snapshot()
     wanted = map_ids(which, now)
+    if len(wanted) > MOST_MAPS:
+        raise BadInput(
+            f"{len(wanted):,} maps are called {which!r}, and {MOST_MAPS} are looked at in one go: "
+            f"name one by its id, such as {wanted[-1]}, the newest."
+        )
     where = attachments.survey(now)
     return [
         Diagnosis(state, tuple(sorted(diagnostics(state), key=lambda one: one.weight)))
@@ -196,7 +205,7 @@ def map_ids(which: str, now: Objects) -> list[int]:
     """Ids of the maps that an id, a path or a name means; `BadInput` where there is none."""
     if not which:
         raise BadInput("Name a map: by its id, the path of a pin, or its name.")
-    if which.isdecimal():
+    if which.isascii() and which.isdecimal() and len(which) <= _DIGITS:
         if int(which) in now.maps:
             return [int(which)]
         raise BadInput(f"There is no map with id {which}: bpftool map show lists them.")

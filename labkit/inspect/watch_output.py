@@ -19,6 +19,7 @@ import numpy as np
 
 from labkit.errors import BadInput, LabError
 from labkit.kernel import libbpf
+from labkit.kernel.btf_words import Words, words_of
 from labkit.kernel.closing import Closing
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class Output(Closing):
     several: bool = False
     _since_epoch_ns: int = field(default_factory=lambda: time.time_ns() - time.monotonic_ns())
     _names: dict[int, str] = field(default_factory=dict)
+    _words: dict[int, dict[str, Words | None]] = field(default_factory=dict)
     _second: tuple[int, str, str] = (-1, "", "")
     _file: _ParquetFile | None = None
 
@@ -191,13 +193,22 @@ class Output(Closing):
         return " ".join(words)
 
     def _key(self, one: MapEvent) -> str:
-        return shown_as(one.key, self.keys)
+        return self._show(one.map_id, "key", self.keys)(one.key)
 
     def _value(self, one: MapEvent) -> str:
-        return _slots(one.value, self.values, one.cpu)
+        return _slots(one.value, self._show(one.map_id, "value", self.values), one.cpu)
 
     def _old(self, one: MapEvent) -> str:
-        return _slots(one.old, self.values, None)
+        return _slots(one.old, self._show(one.map_id, "value", self.values), None)
+
+    def _show(self, map_id: int, part: str, how: str) -> Callable[[Any], str]:
+        """How to say a key or value of a map; names of enumerators come from its BTF."""
+        if how != "btf":
+            return lambda item: shown_as(item, how)
+        if map_id not in self._words:
+            self._words[map_id] = _map_words(map_id)
+        words = self._words[map_id][part]
+        return in_words if words is None else lambda item: words(item.tobytes())
 
     def _as_dict(self, one: MapEvent) -> dict[str, Any]:
         """One event for scripts; names and units as in the line, times in ISO 8601."""
@@ -369,13 +380,13 @@ def _text_of(item: np.ndarray[Any, Any]) -> str | None:
     return json.dumps(text.decode())
 
 
-def _slots(item: Any, how: str, cpu: int | None) -> str:
+def _slots(item: Any, show: Callable[[Any], str], cpu: int | None) -> str:
     """A value, or the values of all CPUs of a per-CPU map (as a tuple), each by its CPU."""
     if cpu is not None:
-        return f"CPU {cpu}: {shown_as(item, how)}"
+        return f"CPU {cpu}: {show(item)}"
     if not isinstance(item, tuple):
-        return shown_as(item, how)
-    return ", ".join(f"CPU {i}: {shown_as(one, how)}" for i, one in enumerate(item))
+        return show(item)
+    return ", ".join(f"CPU {i}: {show(one)}" for i, one in enumerate(item))
 
 
 def _each_cpu(item: Any, show: Callable[[Any], Any]) -> Any:
@@ -402,3 +413,18 @@ def _map_name(map_id: int) -> str:
         return libbpf.shown(libbpf.map_info(fd).name)
     finally:
         libbpf.close(fd)
+
+
+def _map_words(map_id: int) -> dict[str, Words | None]:
+    try:
+        fd = libbpf.fd_by_id("map", map_id)
+    except OSError:  # it has gone meanwhile
+        return {"key": None, "value": None}
+    try:
+        info = libbpf.map_info(fd)
+    finally:
+        libbpf.close(fd)
+    return {
+        "key": words_of(info.btf_id, info.btf_key_type_id),
+        "value": words_of(info.btf_id, info.btf_value_type_id),
+    }

@@ -11,6 +11,8 @@ from labkit.inspect.diagnose import map_ids
 from labkit.kernel import libbpf, objects
 from labkit.kernel.objects import MapObject, Objects
 
+_MOST_LISTED = 8  # maps of one name, the newest
+
 
 def which_maps(names: Sequence[str], program: int | None = None) -> list[int]:
     """Ids of the maps that are meant.
@@ -40,8 +42,12 @@ def which_maps(names: Sequence[str], program: int | None = None) -> list[int]:
     for name in names:
         meant = map_ids(name, now)
         if len(meant) > 1:
-            each = "; ".join(_known(now.maps[one], now) for one in meant)
-            raise BadInput(f"{len(meant)} maps are called {name!r}, name one by its id: {each}.")
+            each = [_known(now.maps[one], now) for one in meant[-_MOST_LISTED:]]
+            more = f" and {len(meant) - len(each):,} older ones" if len(each) < len(meant) else ""
+            raise BadInput(
+                f"{len(meant):,} maps are called {name!r}, name one by its id: {'; '.join(each)}"
+                f"{more}."
+            )
         found += meant
     if program is not None:
         if program not in now.programs:

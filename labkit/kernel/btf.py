@@ -338,6 +338,8 @@ def _new_layout(
         raise _Inexpressible(f"BTF kind {one.kind}")
     if one.members > _MOST_MEMBERS:
         raise _Inexpressible("more members than any table has columns")
+    if one.size == 0:  # a few that contain each other twice would take for ever to be shown
+        raise _Inexpressible("a struct without bytes")
     members = list(_members(types, one))
     names = [member.name or f"_anonymous{i}" for i, member in enumerate(members)]
     if len(set(names)) < len(names) or any(of.width or of.offset % 8 for of in members):

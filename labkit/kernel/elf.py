@@ -7,16 +7,15 @@ way. All others go through :mod:`labkit.kernel.programs`.
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sysconfig
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy.typing as npt
 
 from labkit.errors import BadInput, Unavailable
-from labkit.kernel import libbpf, tools
+from labkit.kernel import leftovers, libbpf, tools
 from labkit.kernel.closing import Closing
 from labkit.kernel.compiler import SOURCES, LoadFailed
 from labkit.kernel.libbpf import ProgramKind
@@ -115,14 +114,14 @@ def compile(name: str, **constants: int) -> bytes:
         raise Unavailable("clang is missing: install Debian's clang-14 (make setup does).")
     # For the target bpf clang does not look where Debian keeps <asm/types.h>.
     machine = f"-I/usr/include/{sysconfig.get_config_var('MULTIARCH')}"
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder, "object")
+    with leftovers.temporary_folder() as folder:
+        made = folder / "object"
         given = [f"-D{constant}={value}" for constant, value in constants.items()]
         command = [clang, "-target", "bpf", "-g", "-O2", machine, *given, "-c", str(source)]
         try:
             done = subprocess.run(
                 [*command, "-o", str(made)], capture_output=True, text=True, check=False,
-                timeout=_COMPILE_LIMIT_S,
+                timeout=_COMPILE_LIMIT_S, env={**os.environ, "TMPDIR": str(folder)},
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise LoadFailed(

@@ -26,7 +26,10 @@ ENOTSUPP = 524
 
 
 class MapKind(IntEnum):
-    """Map types, with the numbers of ``enum bpf_map_type`` (include/uapi/linux/bpf.h)."""
+    """Map types, with the numbers of ``enum bpf_map_type`` (include/uapi/linux/bpf.h).
+
+    A type that a newer kernel has is a member too, named by its number: ``type 99``.
+    """
 
     HASH = 1
     ARRAY = 2
@@ -61,6 +64,14 @@ class MapKind(IntEnum):
     USER_RINGBUF = 31
     CGRP_STORAGE = 32
     ARENA = 33
+
+    @classmethod
+    def _missing_(cls, value: object) -> MapKind | None:
+        if not isinstance(value, int) or value < 0:
+            return None
+        unknown = int.__new__(cls, value)
+        unknown._name_, unknown._value_ = f"type {value}", value
+        return unknown
 
 
 class MapFlag(IntFlag):
@@ -696,6 +707,8 @@ def shown(name: bytes) -> str:
     a\xff\n
     """
     text = name.decode(errors="surrogateescape")
+    if text.isprintable() and "\\" not in text:
+        return text
     return "".join(one if one.isprintable() and one != "\\" else _escaped(one) for one in text)
 
 

@@ -25,6 +25,7 @@ from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapFlag, MapKind, UpdateFlag
 
 _ROOM_BYTES = 64 << 20
+_FEW = 8  # ids that a sentence names
 
 PER_CPU = {MapKind.PERCPU_HASH, MapKind.PERCPU_ARRAY, MapKind.LRU_PERCPU_HASH}
 """Map types whose value is one slot for every possible CPU."""
@@ -302,21 +303,17 @@ class Map(Closing):
         BadInput
             No map, or more than one, has the name: the sentence lists the ids.
         """
-        found: list[Map] = []
+        identifiers = []
         for identifier in libbpf.ids("map"):
             try:
-                one = cls(libbpf.fd_by_id("map", identifier))
+                with cls(libbpf.fd_by_id("map", identifier)) as one:
+                    if one.name == name:
+                        identifiers.append(one.id)
             except OSError:
                 continue  # gone between listing and opening
-            if one.name == name:
-                found.append(one)
-            else:
-                one.close()
-        identifiers = [one.id for one in found]
-        for one in found:
-            one.close()
         if len(identifiers) != 1:
-            many = f"maps {identifiers} share it: name one by id" if found else "no map has it"
+            few = f"{', '.join(map(str, identifiers[:_FEW]))}{', ...' * (len(identifiers) > _FEW)}"
+            many = f"maps {few} share it: name one by id" if identifiers else "no map has it"
             raise BadInput(f"The name {name!r} does not say which map: {many}.")
         return cls.from_id(identifiers[0], **layout)
 

@@ -354,7 +354,7 @@ def snapshot() -> Objects:
     programs = [one for one in map(_read_program, listed["prog"]) if one]
     links = [one for one in map(_read_link, listed["link"]) if one]
     held = _Held()
-    names = {pid: _process_name(pid) for pids in held.pids.values() for pid in pids}
+    names = {pid: _process_name(pid) for pid in set().union(*held.pids.values())}
     return Objects(
         {one.id: replace(one, **held.by("map", one.id)) for one in maps},
         {one.id: replace(one, **held.by("prog", one.id)) for one in programs},

@@ -39,9 +39,9 @@ def another_cpu(index: int) -> int:
     return usable[index % len(usable)]
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when the thread that made it ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Ask the kernel to send this process a signal when the thread that made it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import labkit
 from labkit.errors import LabError
@@ -142,11 +142,12 @@ def _read(path: str | Path) -> str:
         return ""
 
 
-def _said(*command: str) -> str:
+def _said(*command: str, **how: Any) -> str:
     """What a command prints; nothing where it fails or takes too long."""
     try:
-        done = subprocess.run(
+        done: subprocess.CompletedProcess[str] = subprocess.run(
             command,
+            **how,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -323,16 +324,28 @@ def _version_in(text: str) -> str:
 def _code() -> dict[str, object]:
     """Version of the code: from git where the checkout has it, else of the package."""
     # Without locks: somebody may be committing right now.
-    git = ("git", "--no-optional-locks", "-c", "safe.directory=*", "-C", str(_CHECKOUT))
-    commit = _said(*git, "rev-parse", "HEAD") if (_CHECKOUT / ".git").exists() else ""
+    git = ("git", "--no-optional-locks", "-C", str(_CHECKOUT))
+    how = _as_owner(_CHECKOUT)
+    commit = _said(*git, "rev-parse", "HEAD", **how) if (_CHECKOUT / ".git").exists() else ""
     return {
         "version": labkit.__version__,
         "commit": commit,
-        "modified": bool(_said(*git, "status", "--porcelain", "--", "labkit", "bpf"))
+        "modified": bool(_said(*git, "status", "--porcelain", "--", "labkit", "bpf", **how))
         if commit
         else None,
         "digest": _digest(),
     }
+
+
+def _as_owner(folder: Path) -> dict[str, Any]:
+    """How to run git as the owner of a checkout: what its settings name is run, and not by root."""
+    known = folder.stat()
+    if os.geteuid() != 0 or known.st_uid == 0:
+        return {}
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "HOME": "/", "LC_ALL": "C"}
+    return {
+        "user": known.st_uid, "group": known.st_gid, "extra_groups": [], "env": environment,
+    }  # fmt: skip
 
 
 def _digest() -> str:

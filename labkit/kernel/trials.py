@@ -13,7 +13,6 @@ import platform
 import socket
 import struct
 import subprocess
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -761,7 +760,7 @@ def _compile() -> str:
 def _compiles(compiler: str | None, *options: str) -> str:
     if compiler is None:
         raise Refused("not installed")
-    with tempfile.TemporaryDirectory() as folder:
+    with leftovers.temporary_folder() as folder:
         command = [compiler, *options, "-x", "c", "-", "-o", f"{folder}/out"]
         _first_line(command, given="#include <stddef.h>\nint main(void) { return 0; }\n")
     return _first_line([compiler, "--version"])

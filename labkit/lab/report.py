@@ -15,8 +15,6 @@ import os
 import platform
 import re
 import shutil
-import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -306,7 +304,7 @@ def _kernel_environment() -> Iterator[Path]:
     """
     logger = logging.getLogger("papermill")
     level, before = logger.level, dict(os.environ)
-    with _short_folder() as folder:
+    with leftovers.temporary_folder() as folder:
         os.environ.update(
             JUPYTER_PREFER_ENV_PATH="1",
             JUPYTER_RUNTIME_DIR=str(folder),
@@ -322,17 +320,6 @@ def _kernel_environment() -> Iterator[Path]:
             logger.setLevel(level)
             os.environ.clear()
             os.environ.update(before)
-
-
-@contextlib.contextmanager
-def _short_folder() -> Iterator[Path]:
-    if sys.platform == "linux":
-        with leftovers.temporary_folder() as folder:
-            yield folder
-        return
-    # Elsewhere temporary folders may have longer paths than a socket can have.
-    with tempfile.TemporaryDirectory(prefix="labkit-", dir="/tmp") as name:
-        yield Path(name)
 
 
 def _collect(page: _Page, file: Path) -> None:

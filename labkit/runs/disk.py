@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
 
@@ -289,6 +290,7 @@ def _write(run: Run, target: Path) -> None:
         raise BadInput(
             f"Parameters and provenance of {run.experiment} must be JSON values: {error}."
         ) from None
+    there = next(one for one in partial.absolute().parents if one.exists())
     try:
         partial.mkdir(parents=True)
         for name, frame in observed.items():
@@ -309,7 +311,10 @@ def _write(run: Run, target: Path) -> None:
         meta["sha256"] = _digest_of(meta)
         text = json.dumps(meta, indent=1)
         (partial / "run.json").write_text(text + "\n", encoding="utf-8")
+        _make_lasting(*partial.iterdir(), partial)
         _replace(partial, target)
+        made = takewhile(lambda one: one != there, target.absolute().parents)
+        _make_lasting(*made, there)
     except OSError as error:
         raise SaveFailed(
             f"The run of {run.experiment} could not be saved in {target.parent} "
@@ -321,6 +326,16 @@ def _write(run: Run, target: Path) -> None:
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make_lasting(*paths: Path) -> None:
+    """Have files and directories survive a power cut: a name is kept by the one that holds it."""
+    for path in paths:
+        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def _replace(partial: Path, target: Path) -> None:

@@ -1,0 +1,124 @@
+"""Standard output that is closed, full, left by its reader, or read slowly; and long arguments."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from labkit.kernel.libbpf import MapKind
+from labkit.kernel.maps import Map
+from labkit.kernel.parallel import Child
+
+LABKIT = f"{sys.executable} -m labkit"
+kernel = [pytest.mark.kernel, pytest.mark.usefixtures("kernel")]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
+STUCK_S = 120.0
+
+
+def shell(line: str) -> tuple[int, str]:
+    """The status of a line of shell, and what it wrote to standard error."""
+    done = subprocess.run(
+        ["bash", "-c", line], stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, errors="replace", check=False, timeout=STUCK_S,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr and "error of the lab itself" not in done.stderr
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("command", ["list", "list --json", "--help"])
+def test_a_full_output_is_said_in_a_sentence(command: str) -> None:
+    status, told = shell(f"{LABKIT} {command} > /dev/full")
+    assert status == 4
+    assert told == (
+        "Standard output takes no more (No space left on device): give it another place.\n"
+    )
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_error(closed: str) -> None:
+    assert shell(f"{LABKIT} list {closed}") == (0, "")
+
+
+def test_a_closed_stream_keeps_its_number(tmp_path: Path) -> None:
+    # What is opened next must not become standard output.
+    script = "import os, sys; from labkit import console; console.open_missing(); print(1); " \
+        "os._exit(os.open('/', os.O_RDONLY) != 3)"  # fmt: skip
+    assert shell(f'{sys.executable} -c "{script}" <&- >&- 2>&-') == (0, "")
+
+
+@pytest.mark.parametrize("told", ["2>/dev/full", "2>&1 | true"])
+def test_nobody_who_can_be_told(told: str) -> None:
+    status, _ = shell(f"set -o pipefail; {LABKIT} diagnose /nowhere {told}")
+    assert status in (2, 3)
+
+
+@pytest.mark.parametrize("command", ["list", "--help"])
+def test_a_reader_that_has_seen_enough(command: str) -> None:
+    assert shell(f"{LABKIT} {command} | true")[1] == ""
+
+
+def fed(table: Map) -> None:
+    """Write as fast as it goes, until killed."""
+    while True:
+        for key in range(4):
+            table.update(key, 1)
+
+
+@pytest.fixture
+def table(kernel: None) -> Map:
+    return Map.create(MapKind.HASH, key="u4", value="u8", max_entries=4, name="output")
+
+
+@pytest.mark.kernel
+def test_a_slow_reader_does_not_keep_a_watch(table: Map) -> None:
+    with table, Child(lambda: fed(table)):
+        watch = subprocess.Popen(
+            [*LABKIT.split(), "watch", str(table.id), "--seconds", "2"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        with watch:
+            assert watch.stderr is not None and watch.stdout is not None
+            first = watch.stderr.readline()
+            begun = time.monotonic()
+            told = watch.stderr.read()  # nobody reads standard output meanwhile
+            assert watch.wait(STUCK_S) == 0
+            # By itself it ends: reading would have been needed before, without a bound.
+            assert time.monotonic() - begun < STUCK_S
+            whole = watch.stdout.read()
+    assert first.startswith("Watching") and "lines were left out: whoever reads" in told
+    assert whole.endswith("\n") or len(whole) > 4096
+
+
+@pytest.mark.kernel
+def test_a_watch_whose_output_is_full(table: Map) -> None:
+    with table, Child(lambda: fed(table)):
+        status, told = shell(f"{LABKIT} watch {table.id} --seconds 2 > /dev/full")
+    assert status == 4 and told.splitlines()[-1].startswith("Standard output takes no more")
+
+
+@pytest.mark.kernel
+@pytest.mark.usefixtures("kernel")
+def test_arguments_of_any_size_and_depth(tmp_path: Path) -> None:
+    long, deep = "9" * 5_000, "[" * 2_000
+    for words in (
+        f"diagnose {long}", f"diagnose {'9' * 4_000}", f"watch {long}", f"watch /{long}",
+        f"run map-life --set rounds={deep}", f"run map-life --set rounds={long}",
+        f"run {long}", "diagnose ٣", f"soak map-life --times {'9' * 4_000}",
+        "soak map-life --times 0", "soak map-life --times -1", "soak map-life --times ٣",
+        f"watch 1 --seconds {'9' * 4_000}", f"report --profile {long}",
+    ):  # fmt: skip
+        status, told = shell(f"{LABKIT} {words}")
+        assert status == 2 and len(told) < 10_000, words
+    name = tmp_path / ("x" * 300)
+    for words in (f"verdicts --folder {name}", f"run map-life --folder {name}"):
+        status, told = shell(f"{LABKIT} {words}")
+        assert status == 4 and told.count("\n") == 1, words
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", os.devnull, tmp_path):
+        status, told = shell(f"{LABKIT} diagnose {path}")
+        assert status == 2 and told.count("\n") == 1
