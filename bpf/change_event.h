@@ -27,15 +27,15 @@
 #define ce_lookup bpf_map_lookup_elem_
 #endif
 
-/* labkit.sync.changes.event_dtype is the same layout. */
+/* labkit.sync.changes.event_dtype is the same layout. In words of C, as bcc's event(data) knows no __u64. */
 struct change_event {
-	__u64 seq;           // how many changes this program had produced on this CPU before
-	__u64 version;       // of the key; a delete has one of its own
-	__u64 committed_ns;  // when the map had taken the change
-	__u8 kind;
-	__u8 program;
-	__u16 cpu;
-	__u32 dropped;       // how many of those that it had produced before found no room
+	unsigned long long seq;          // how many changes this program had produced on this CPU before
+	unsigned long long version;      // of the key; a delete has one of its own
+	unsigned long long committed_ns; // when the map had taken the change
+	unsigned char kind;
+	unsigned char program;
+	unsigned short cpu;
+	unsigned int dropped;            // how many of those that it had produced before found no room
 	KEY key __attribute__((aligned(8)));
 	VALUE value __attribute__((aligned(8)));
 };

@@ -27,7 +27,7 @@ from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.provenance import provenance, usage, usage_since
-from labkit.kernel.ringbuf import slot_bytes
+from labkit.kernel.ringbuf import RingReader, slot_bytes
 from labkit.lab import bench
 from labkit.lab.driver import in_turns
 from labkit.lab.experiment import say
@@ -163,6 +163,9 @@ class CallbackEvents(RingEvents):
     def __init__(self, ring: CallbackRing) -> None:
         super().__init__(ring.channel, timer_s=TIMER_S)
         self._ring = ring
+
+    def _native_follow(self, reader: RingReader) -> None:
+        """Compiled code would read the ring past the callback."""
 
     def _read(self, room: int) -> npt.NDArray[Any]:
         return self._ring.take()
