@@ -482,7 +482,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--to", default=REPORTS, help="folder of the report, replaced as a whole")
 
     verdicts = add(
-        "verdicts", _verdicts, "every claim of the article, judged by the runs; 1: one has changed"
+        "verdicts", _verdicts, "every claim of the article, judged by the runs; 5: one has changed"
     )
     verdicts.add_argument("--json", action="store_true", help="for scripts")
     verdicts.add_argument(
@@ -490,7 +490,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of fresh runs, to be held against the recorded ones (default: runs)",
     )
 
-    add("mutation", _mutation, "spoil recorded runs; 1: a statement does not mind")
+    add("mutation", _mutation, "spoil recorded runs; 5: a statement does not mind")
 
     soak = add("soak", _soak, "run the quick experiments again and again, quiet and under load")
     soak.add_argument("experiment", nargs="*", metavar="EXPERIMENT", help="id; by default all")
@@ -500,7 +500,7 @@ def _parser() -> argparse.ArgumentParser:
                       help="the same where times or rates decide (20)")  # fmt: skip
     soak.add_argument("--folder", help="folder of runs (default: runs of the checkout)")
 
-    bench = add("bench", _bench, "the lab's own speed against its bars; 1: one falls short")
+    bench = add("bench", _bench, "the lab's own speed against its bars; 5: one falls short")
     bench.add_argument("benchmark", choices=("kernel", "sync"))
     shared(bench)
 
@@ -534,7 +534,7 @@ def _parser() -> argparse.ArgumentParser:
     canary = add(
         "canary", _canary,
         "how fresh your control plane keeps a map: have versions of a key written, see them there; "
-        "1: one is never seen, or the limit is exceeded",
+        "5: one is never seen, or the limit is exceeded",
     )  # fmt: skip
     canary.add_argument("map", metavar="MAP", help="id, path of a pin, or name")
     canary.add_argument(
