@@ -94,8 +94,13 @@ static inline bool watched(u32 id, struct target *of)
 	return true;
 }
 
-static inline long copy(enum memory memory, void *to, u32 size, u64 from)
+static inline long copy(enum memory memory, void *to, u64 size, u64 room, u64 from)
 {
+#ifdef BOUND_EACH_COPY
+	asm volatile("" : "+r"(size));
+	if (size > room)
+		size = room;
+#endif
 	if (memory == OF_USER)
 		return bpf_probe_read_user(to, size, (void *)from);
 	return bpf_probe_read_kernel(to, size, (void *)from);
@@ -146,18 +151,18 @@ static inline void tell_counted(struct event_counts *counts, void *ctx, enum con
 	bpf_get_stack(ctx, event->frames, sizeof(event->frames), 0);
 #endif
 #if KEY_ROOM
-	failed = copy(memory, event->key, key_size, key);
+	failed = copy(memory, event->key, key_size, KEY_ROOM, key);
 	event->lacks |= LACKS_KEY & failed >> 32;
 #endif
 #if VALUE_ROOM
-	failed = copy(memory, event->value, value_size, value);
+	failed = copy(memory, event->value, value_size, VALUE_ROOM, value);
 	event->lacks |= LACKS_VALUE & failed >> 32;
 	event->value_size = value_size & ~(failed >> 32);
 #if VALUE_ROOM >= 4
 	if (content != VALUES) {
 		u32 number = 0;
 
-		copy(memory, &number, sizeof(number), value);
+		copy(memory, &number, sizeof(number), sizeof(number), value);
 		number = id_of_content(content, number);
 		bpf_probe_read_kernel(event->value, sizeof(number), &number);
 	}

@@ -472,6 +472,7 @@ def test_a_name_of_several_maps_is_refused_with_who_holds_them() -> None:
         which_maps([], store.id)
 
 
+@pytest.mark.outside_vm("the hooks themselves are attached there, to real maps")
 @pytest.mark.parametrize("payload", [True, False])
 def test_the_verifier_accepts_the_program_of_each_function(table: Map, payload: bool) -> None:
     """Also where this kernel lets nobody attach there, which it says with EPERM in the end."""
