@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -81,15 +82,17 @@ class Marked:
 
 
 @pytest.fixture
-def marked(tmp_path: Path) -> Iterator[Marked]:
-    one = Marked(tmp_path)
-    yield one
-    for started in one.started:
-        started.kill()
-        started.wait()
-    for pid in one.alive():
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+def marked() -> Iterator[Marked]:
+    # A socket's path is 107 bytes long at the most.
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        one = Marked(Path(folder))
+        yield one
+        for started in one.started:
+            started.kill()
+            started.wait()
+        for pid in one.alive():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture

@@ -104,15 +104,6 @@ def processes_that_name(folder: Path) -> list[int]:
     return found
 
 
-@pytest.fixture
-def heeded() -> Iterator[None]:
-    """A process inherits that a hang-up is ignored, as below nohup, and then goes on."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize(
     ("configure", "number"),
     [(as_python, signal.SIGTERM), (as_json, signal.SIGHUP), (as_home, signal.SIGKILL)],
