@@ -8,7 +8,6 @@ the experiment of this lab that shows the mechanism.
 from __future__ import annotations
 
 import os
-import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -459,7 +458,7 @@ def _held(state: MapState, one: MapObject | ProgramObject) -> str:
     if not holders:
         return "held by no process and no pin"
     more = [f"{len(holders) - _MOST_LISTED} more"] if holders[_MOST_LISTED:] else []
-    far = any(re.match(r"/proc/\d+/root/", pin) for pin in one.pins)
+    far = any(pinned.process_behind(pin) for pin in one.pins)
     return f"held by {_listed(holders[:_MOST_LISTED] + more)}" + (
         " (in another mount namespace)" if far else ""
     )

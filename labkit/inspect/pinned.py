@@ -52,6 +52,18 @@ class Pin:
         return words
 
 
+def process_behind(path: str) -> str | None:
+    """The number of the process through whose mount namespace a path leads; None where none is.
+
+    Parameters
+    ----------
+    path : str
+        Of a pin, as `labkit.kernel.objects` has it.
+    """
+    found = re.match(r"/proc/(\d+)/(?:root|fd)/", path)
+    return found[1] if found else None
+
+
 def look(paths: Iterable[str]) -> list[Pin]:
     """Look at pins; one that is gone meanwhile is left out.
 
@@ -75,10 +87,10 @@ def _look(path: str) -> Pin | None:
         usual = os.path.isdir(USUAL_BPFFS) and os.stat(USUAL_BPFFS).st_dev == seen.st_dev
     except OSError:
         return None
-    if (process := re.match(r"/proc/(\d+)/(?:root|fd)/", path)) is not None:
+    if (process := process_behind(path)) is not None:
         # What stands above it belongs to the way by which we reach it, not to its own.
         folders = []
-        place = f"in the mount namespace of process {process[1]} alone"
+        place = f"in the mount namespace of process {process} alone"
     else:
         place = "" if usual else f"in another bpffs than {USUAL_BPFFS}"
     closed = [one for one in folders if not one[1] & stat.S_IXOTH]

@@ -247,7 +247,12 @@ class WatchHooks(Closing):
         unit = self._open.enter_context(programs.load("watch_syscalls", **constants))
         try:
             batches = unit.program("on_batch", hook="tp_btf:sys_exit")
-            unit.map("next", key="u4", value="u4").update(0, batches.fd)
+            jumps = unit.map("next", key="u4", value="u4")
+            jumps.update(0, batches.fd)
+            # It holds a program that holds it. The kernel unties the two when nobody has the map
+            # open any more; who opens it in between, and closes it, keeps it there for good
+            # (kernel/bpf/arraymap.c, prog_array_map_clear: a second reference for the same work).
+            self._open.callback(jumps.delete, 0)
             self._hook(unit, unit.program("on_return", hook="tp_btf:sys_exit"))
             self._hook(unit, unit.program("on_enter", hook="tp_btf:sys_enter"))
         except LoadFailed as error:
@@ -304,5 +309,6 @@ class WatchHooks(Closing):
 
     def close(self) -> None:
         """Unhook everything; safe to call twice."""
-        self._programs, self._held = [], []
+        self.detach()
+        self._programs = []
         self._open.close()

@@ -2,8 +2,8 @@
 
 The interpreter's lock is given back while a ring is waited for and read. What touches a replica
 keeps it, so that another thread which reads there finds each row whole. Where the file cannot be
-compiled, or ``LABKIT_NATIVE=0``, NumPy does the same, slower: `library` is the one place where this
-is decided, and `state` says how it came out.
+compiled, or ``LABKIT_NATIVE=0``, NumPy does the same, slower: `compiled` is the one place where
+this is decided, and `state` says how it came out.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ _FUNCTIONS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
 }  # fmt: skip
 
 
-def library() -> Any | None:
+def compiled() -> Any | None:
     """The compiled file with the types of its functions; None: NumPy has to do it."""
     return None if os.environ.get(SWITCH) == "0" else _found()[0]
 

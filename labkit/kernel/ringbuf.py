@@ -277,7 +277,7 @@ class RingReader(Closing):
             raise BadInput(f"A batch holds at least 1 record, not {batch}.")
         if self.consumer not in ("native", "numpy", "libbpf"):
             raise BadInput(f"A consumer is 'native', 'numpy' or 'libbpf', not {consumer!r}.")
-        if self.consumer == "native" and native.library() is None:
+        if self.consumer == "native" and native.compiled() is None:
             raise BadInput(f"There is no native consumer here ({native.state()}): name another.")
         if self.consumer == "numpy" and _weakly_ordered():
             raise BadInput(
@@ -682,7 +682,7 @@ class _NativeConsumer:
         layout: Layout,
         fd: int,
     ) -> None:
-        library = native.library()
+        library = native.compiled()
         assert library is not None
         self._mapped = consumer, producer, layout
         self.ring = native.Ring(
@@ -759,7 +759,7 @@ def _weakly_ordered() -> bool:
 
 
 def _right_here() -> Consumer:
-    if native.library() is not None:
+    if native.compiled() is not None:
         return "native"
     return "libbpf" if _weakly_ordered() else "numpy"
 

@@ -774,7 +774,7 @@ def _clang() -> str:
 
 @_trial("native", "make setup installs clang; until then NumPy follows events, slower", needs=())
 def _native() -> str:
-    if native.library() is None:
+    if native.compiled() is None:
         raise Refused(native.state())
     return f"the event path, {native.state()}"
 

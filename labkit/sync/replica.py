@@ -93,7 +93,7 @@ class Replica:
         self.value_dtype = table.value_dtype
         self._field = version
         self.change_dtype = change_dtype(self.key_dtype, self.value_dtype)
-        self._library = native.library()
+        self._library = native.compiled()
         self._used = self._live = 0
         self._complete_ns = 0  # when the newest complete snapshot began
         # Rows; the compiled code keeps as many bits of their keys beside each.

@@ -228,7 +228,7 @@ class RingEvents(Strategy):
     def _number_from_now(self) -> None:
         """Know no number yet, of any source that was counted."""
         self._expected = np.full(len(self._produced_before), -1, np.int64)
-        self._library = native.library()
+        self._library = native.compiled()
         self._account = [
             native.address(part)
             for part in (self._expected, self._produced_before, self._dropped_before)

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 EVENTS = 16
-CONSUMERS = ["numpy", "libbpf"] if native.library() is None else ["native", "numpy", "libbpf"]
+CONSUMERS = ["numpy", "libbpf"] if native.compiled() is None else ["native", "numpy", "libbpf"]
 
 
 def move(ring: Map, slots: int) -> None:

@@ -100,7 +100,7 @@ def test_a_map_is_followed_with_numpy_alone(installed: Path, tmp_path: Path) -> 
     module, sources, version = done.stdout.splitlines()
     assert Path(module).is_relative_to(installed)
     assert (Path(sources), version) == (installed / "labkit" / "bpf", "7")
-    assert list(tmp_path.glob("native/*.so")) or native.library() is None
+    assert list(tmp_path.glob("native/*.so")) or native.compiled() is None
 
 
 def test_a_program_is_compiled_from_where_it_was_installed(installed: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ ROOM = (BYTES - 1) // SLOT  # the kernel never fills the last byte
 pytestmark = pytest.mark.outside_vm("asks nothing of the kernel that differs between kernels")
 
 CONSUMERS: list[Consumer]
-CONSUMERS = ["numpy", "libbpf"] if native.library() is None else ["native", "numpy", "libbpf"]
+CONSUMERS = ["numpy", "libbpf"] if native.compiled() is None else ["native", "numpy", "libbpf"]
 each_consumer = pytest.mark.parametrize("consumer", CONSUMERS)
 
 
@@ -372,7 +372,7 @@ def test_a_ring_has_one_reader(ring: Map) -> None:
 def test_a_weakly_ordered_cpu_gets_the_fallback(ring: Map, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     with RingReader(ring, EVENT) as reader:
-        assert reader.consumer == ("libbpf" if native.library() is None else "native")
+        assert reader.consumer == ("libbpf" if native.compiled() is None else "native")
     monkeypatch.setenv(native.SWITCH, "0")
     with RingReader(ring, EVENT) as reader:
         assert reader.consumer == "libbpf"

@@ -39,7 +39,7 @@ VALUES = ("u8", [("version", "u4"), ("rest", "V9")], [("version", ">u8")])
 FAR = 2**62  # a clock of our own, ahead of the replicas': what was seen lies before it
 LARGE = 2**58  # of versions: their steps are added up
 
-needs_native = pytest.mark.skipif(native.library() is None, reason=f"event path: {native.state()}")
+needs_native = pytest.mark.skipif(native.compiled() is None, reason=f"event path: {native.state()}")
 
 
 def without_native() -> Any:
@@ -469,7 +469,7 @@ def test_an_event_of_nobody_is_refused(program: int, cpu: int, off: bool) -> Non
 
 def test_a_switch_turns_it_off() -> None:
     with without_native():
-        assert native.library() is None
+        assert native.compiled() is None
         assert native.state() == "NumPy: LABKIT_NATIVE=0"
 
 
@@ -486,7 +486,7 @@ def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_without_clang_numpy_does_it(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools, "find_tool", lambda *_: None)
-    assert native.library() is None
+    assert native.compiled() is None
     assert (
         native.state()
         == "NumPy: clang is missing; make setup installs it, or apt-get install clang"
@@ -502,7 +502,7 @@ def test_what_does_not_compile_is_said(
     monkeypatch.setattr(native, "SOURCE", broken)
     if tools.find_tool("clang-14", "clang") is None:
         pytest.skip("there is no clang")
-    assert native.library() is None
+    assert native.compiled() is None
     assert "does not compile native.c: expected" in native.state()
     assert str(tmp_path) not in native.state()
     assert list(native.KEPT.iterdir()) == [], "half of something stays"
@@ -514,23 +514,23 @@ def test_a_folder_that_cannot_be_written_is_said(
     (tmp_path / "native").write_text("no folder")
     if tools.find_tool("clang-14", "clang") is None:
         pytest.skip("there is no clang")
-    assert native.library() is None
+    assert native.compiled() is None
     assert "native.c cannot be compiled and kept: " in native.state()
 
 
 @needs_native
 def test_it_is_compiled_once_and_what_is_not_whole_is_made_again(anew: None) -> None:
-    assert native.library() is not None
+    assert native.compiled() is not None
     (kept,) = native.KEPT.iterdir()
     made = kept.stat().st_mtime_ns
     native._found.cache_clear()
-    assert native.library() is not None
+    assert native.compiled() is not None
     assert kept.stat().st_mtime_ns == made
     part = kept.read_bytes()[:-100]
     kept.unlink()  # and not shortened in place: it is mapped into this very process
     kept.write_bytes(part)
     native._found.cache_clear()
-    assert native.library() is not None
+    assert native.compiled() is not None
     assert [file.name for file in native.KEPT.iterdir()] == [kept.name]
 
 
@@ -545,7 +545,7 @@ def test_what_a_killed_compilation_left_is_cleared_away(anew: None) -> None:
     for file in old:
         file.touch()
         os.utime(file, (1, 1))
-    assert native.library() is not None
+    assert native.compiled() is not None
     assert not left.exists() and young.exists()
     assert len(list(native.KEPT.glob("*.so"))) == native._MOST_KEPT
 
