@@ -285,8 +285,12 @@ def _compile(name: str, flags: list[str], open_places: list[str], output: int) -
 def _told(module: Any, inner: Mapping[str, str], open_places: list[str]) -> dict[str, Any]:
     from bcc.libbcc import lib
 
+    # bcc declares no arguments for the calls on tables, and ctypes then passes a pointer as an
+    # int: cut to 32 bits, which is another address wherever the module lies above 2 GiB.
+    lib.bpf_num_tables.argtypes = [ctypes.c_void_p]
+    lib.bpf_table_name.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     lib.bpf_table_name.restype = lib.bpf_function_name.restype = ctypes.c_char_p
-    names = [lib.bpf_table_name(module.module, ctypes.c_size_t(i)).decode()
+    names = [lib.bpf_table_name(module.module, i).decode()
              for i in range(lib.bpf_num_tables(module.module))]  # fmt: skip
     descriptors = {name: int(lib.bpf_table_fd(module.module, name.encode())) for name in names}
     infos = {name: libbpf.map_info(fd) for name, fd in descriptors.items()}
@@ -299,7 +303,7 @@ def _told(module: Any, inner: Mapping[str, str], open_places: list[str]) -> dict
         )
         for name, info in infos.items()
     }  # fmt: skip
-    functions = [lib.bpf_function_name(module.module, ctypes.c_size_t(i))
+    functions = [lib.bpf_function_name(module.module, i)
                  for i in range(lib.bpf_num_functions(module.module))]  # fmt: skip
     ids = {info.btf_id for info in infos.values() if info.btf_id}
     return {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,6 +78,19 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(source: Path) -> None:
     source.write_text(COUNT)
     (source.parent / "kept").write_text("a file where the folder should be")
     assert compiled("some", {"GIVEN_FD": 0}).programs["count"].places
+
+
+def test_a_module_may_lie_at_any_address(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A thread allocates far above 4 GiB; bcc's own declarations cut such a pointer to 32 bits.
+    compile_here = compiler._compile
+
+    def compile_in_a_thread(*given: Any) -> str:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(compile_here, *given).result()
+
+    monkeypatch.setattr(compiler, "_compile", compile_in_a_thread)
+    source.write_text(COUNT)
+    assert set(compiled("some", {"GIVEN_FD": 0}).maps) == {"counts"}
 
 
 @pytest.mark.parametrize("text", [TOO_LARGE, ENDS, CRASHES])
