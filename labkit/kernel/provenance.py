@@ -222,6 +222,7 @@ def _hypervisor() -> str:
     return "unknown hypervisor" if "hypervisor" in flags[1].split() else "none"
 
 
+@functools.cache
 def emulated() -> bool | None:
     """Whether QEMU interprets the instructions (TCG) in place of a CPU that executes them."""
     info = _cpu_info()
