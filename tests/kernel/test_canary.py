@@ -86,7 +86,7 @@ def test_a_program_sees_what_lookups_see(policy: Map) -> None:
 
 def test_a_control_plane_that_writes_another_map_is_found_out(policy: Map) -> None:
     with Map.create(MapKind.HASH, key="u4", value="u8", max_entries=8, name="policy") as twin:
-        seen = canary(str(policy.id), tool(twin), key="80", per_second=8, seconds=0.5, wait_s=20)
+        seen = canary(str(policy.id), tool(twin), key="80", per_second=8, seconds=0.5, wait_s=5)
     assert (seen.unseen, seen.failed, seen.holds(None)) == (len(seen), 0, False)
     assert not len(policy.snapshot())
 

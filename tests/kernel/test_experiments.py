@@ -24,9 +24,12 @@ pytestmark = pytest.mark.outside_vm(
 LACKS = "this kernel lacks "
 SMALLER: dict[str, dict[str, Any]] = {
     "sync-benchmark": {"sizes": [8], "rounds": 2},
+    "no-staleness": {"updates": 5_000, "copied": 1_000, "packets": 50},
+    "coverage-by-type": {"writes": 7, "switches": 3},
+    "foreign-writer": {"writes": 503},
     "switch-cost": {"sweeps": 4, "keys": [64], "switches": 3},
     "torn-reads": {"sizes": [8, 256, 4096]},
-    "outer-map-null": {"switches": 60},
+    "outer-map-null": {"switches": 60, "lookups": 100_000},
     "hybrid-idle-only": {"seconds": 0.5},
     "go-map": {"processes": 3},
     "nested-update": {"insertions": 5_000},
