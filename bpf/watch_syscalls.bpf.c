@@ -3,8 +3,8 @@
 // answer. Changes that programs make pass no system call.
 //
 // An element is read when the call returns: the kernel touched that memory a moment ago, so there is
-// no page fault (trace_hook_syscalls.bpf.c has the window). A batch that failed needs both ends of the
-// call: the kernel writes the count of what it went through over the caller's, unless it never began.
+// no page fault (trace_hook_syscalls.bpf.c has the window). The entry is not hooked: that would cost
+// every system call of the machine another 50 ns.
 
 #include <uapi/linux/ptrace.h>
 #include "map_of_fd.h"
@@ -12,7 +12,6 @@
 
 #define NR_BPF 321  // of x86-64; 32-bit processes enter by another number, and are not seen
 
-BPF_HASH(asked, u64, u32, 4096);           // by thread: how many elements its batch is to change
 BPF_HASH(batches, u64, struct batch, 4096);  // by thread: the batch that is being told of
 BPF_PROG_ARRAY(next, 1);                   // on_batch
 
@@ -29,32 +28,16 @@ struct batch_call {
 	u64 out_batch;
 	u64 keys;
 	u64 values;
-	u32 count;
+	u32 count;  // the kernel writes over it how many elements it went through, unless it never began
 	u32 map_fd;
+	u64 elem_flags;
+	u64 flags;
 };
 
 static inline bool is_batch(u32 command)
 {
 	return command == BPF_MAP_UPDATE_BATCH || command == BPF_MAP_DELETE_BATCH ||
 	       command == BPF_MAP_LOOKUP_AND_DELETE_BATCH;
-}
-
-int on_enter(u64 *ctx)
-{
-	struct pt_regs *regs = (void *)ctx[0];
-	struct batch_call call = {};
-	struct target of = {};
-	u64 thread;
-
-	if (regs->orig_ax != NR_BPF || !is_batch(regs->di))
-		return 0;
-	if (bpf_probe_read_user(&call, sizeof(call), (void *)regs->si))
-		return 0;
-	if (!watched(map_id(call.map_fd), &of))
-		return 0;
-	thread = bpf_get_current_pid_tgid();
-	asked.update(&thread, &call.count);
-	return 0;
 }
 
 static inline void element_changed(u64 *ctx, u32 command, u64 attr, s64 result)
@@ -93,14 +76,28 @@ int on_batch(u64 *ctx)
 	return 0;
 }
 
-static inline void batch_changed(u64 *ctx, u32 command, u64 attr, s64 result)
+// Whether a batch that failed had begun, so that its count is the kernel's: the answer tells.
+static inline bool had_begun(u64 size, s64 result)
+{
+	return size <= sizeof(union bpf_attr) &&
+	       (result == -E2BIG || result == -ENOENT || result == -EEXIST || result == -EBUSY ||
+		result == -EFAULT || result == -ENOSPC);
+}
+
+static inline bool had_not_begun(struct batch_call *call, s64 result)
+{
+	return result == -EPERM || result == -EACCES || result == -ENOTSUPP || call->flags ||
+	       call->elem_flags & ~BPF_F_LOCK;
+}
+
+static inline void batch_changed(u64 *ctx, u32 command, struct pt_regs *regs, s64 result)
 {
 	struct batch_call call = {};
 	struct batch batch = {};
-	u64 thread = bpf_get_current_pid_tgid();
-	u32 *begun;
+	u64 thread = bpf_get_current_pid_tgid(), key = NOWHERE, value = NOWHERE;
+	bool begun;
 
-	if (bpf_probe_read_user(&call, sizeof(call), (void *)attr))
+	if (bpf_probe_read_user(&call, sizeof(call), (void *)regs->si))
 		return;
 	batch.id = map_id(call.map_fd);
 	if (!batch.id || !watched(batch.id, &batch.of))
@@ -110,19 +107,20 @@ static inline void batch_changed(u64 *ctx, u32 command, u64 attr, s64 result)
 	batch.kind = command == BPF_MAP_UPDATE_BATCH ? WATCH_UPDATE : WATCH_DELETE;
 	batch.keys = call.keys;
 	batch.values = command == BPF_MAP_DELETE_BATCH ? NOWHERE : call.values;
-	batch.count = call.count;
-	begun = asked.lookup(&thread);
-	// It failed: either the count is of what was done before, or still the caller's own.
-	if (result && (!begun || call.count >= *begun))
-		batch.count = 0;
-	asked.delete(&thread);
+	begun = !result || had_begun(regs->dx, result);
+	if (begun)
+		batch.count = call.count;
+	else if (!had_not_begun(&call, result)) {
+		count_untold(call.count);  // so many at the most: nobody can tell
+		call.keys = call.values = NOWHERE;
+	}
 	if (result) {
-		u64 done = batch.count;
-
 		// Told before those that were done, which another program tells of.
-		tell(ctx, &batch.of, batch.id, batch.kind, OF_USER,
-		     command == BPF_MAP_LOOKUP_AND_DELETE_BATCH ? NOWHERE : call.keys + done * batch.of.key_size,
-		     command == BPF_MAP_UPDATE_BATCH ? call.values + done * batch.of.call_value_size : NOWHERE,
+		if (command != BPF_MAP_LOOKUP_AND_DELETE_BATCH)
+			key = call.keys + (u64)batch.count * batch.of.key_size;
+		if (command == BPF_MAP_UPDATE_BATCH)
+			value = call.values + (u64)batch.count * batch.of.call_value_size;
+		tell(ctx, &batch.of, batch.id, batch.kind, OF_USER, key, value,
 		     batch.of.call_value_size, result);
 	}
 	if (!batch.count)
@@ -144,6 +142,6 @@ int on_return(u64 *ctx)
 	    command == BPF_MAP_LOOKUP_AND_DELETE_ELEM)
 		element_changed(ctx, command, regs->si, ctx[1]);
 	else if (is_batch(command))
-		batch_changed(ctx, command, regs->si, ctx[1]);
+		batch_changed(ctx, command, regs, ctx[1]);
 	return 0;
 }

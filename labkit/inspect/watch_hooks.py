@@ -254,7 +254,6 @@ class WatchHooks(Closing):
             # (kernel/bpf/arraymap.c, prog_array_map_clear: a second reference for the same work).
             self._open.callback(jumps.delete, 0)
             self._hook(unit, unit.program("on_return", hook="tp_btf:sys_exit"))
-            self._hook(unit, unit.program("on_enter", hook="tp_btf:sys_enter"))
         except LoadFailed as error:
             raise Unavailable(f"This kernel refuses the hook on bpf(2): {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import json
 import os
@@ -303,6 +304,32 @@ def test_a_batch_of_thousands_is_told_whole_and_a_longer_one_is_found() -> None:
         assert watch.mechanism == "functions" or watch.found > 0
         assert sorted(int(one.key) for one in found) == list(range(9_000))
         assert all(0 < one.after_ns < one.at_ns for one in found if one.what == "found")
+
+
+def test_a_batch_that_never_began_is_refused_and_one_in_doubt_counts_as_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trace_hook, "best_mechanism", lambda: "syscalls")
+    prefix = np.dtype([("length", "u4"), ("bits", "u4")])
+    count, keys = ctypes.c_uint32(4), np.array([(32, 1), (32, 2), (33, 3), (32, 4)], prefix)
+    values, lib = np.arange(4, dtype="u8"), libbpf.api()
+    with (
+        Map.create(
+            MapKind.LPM_TRIE, key=prefix, value="u8", max_entries=8, flags=MapFlag.NO_PREALLOC
+        ) as table,
+        Watch(table, pull_s=PULL_S) as watch,
+    ):
+        for options in (libbpf.BatchOpts(elem_flags=1), libbpf.BatchOpts()):
+            assert -errno.EINVAL == lib.bpf_map_update_batch(
+                table.fd, keys.ctypes.data, values.ctypes.data, ctypes.byref(count),
+                ctypes.byref(options),
+            )  # fmt: skip
+        events = collected(watch, 4)
+        assert count.value == 2
+        told = [(one.what, one.error, one.key is None) for one in events if one.error]
+        assert told == [("update", "EINVAL", False), ("update", "EINVAL", True)]
+        assert sorted(int(one.value) for one in events if one.what == "found") == [0, 1]
+        assert (watch.seen, watch.refused, watch.dropped) == (0, 2, 2)
 
 
 @pytest.mark.parametrize("kind", [MapKind.ARRAY_OF_MAPS, MapKind.HASH_OF_MAPS, MapKind.PROG_ARRAY])
