@@ -16,8 +16,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from labkit.judge.claims import Ledger
 
 STATE = os.environ.get("LABKIT_KERNEL_TESTS", "")
 MARKED = {name: Path(__file__).parent / name for name in ("kernel", "browser", "vm")}
@@ -96,6 +100,14 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.pop("experiments.toys", None)
     for id in [id for id in experiment._registered if id.startswith("toy-")]:
         del experiment._registered[id]
+
+
+@pytest.fixture(scope="session")
+def recorded_ledger() -> Ledger:
+    """The claims, judged by the recorded runs alone."""
+    from labkit.lab import verdicts
+
+    return verdicts.evaluate(None)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit.judge.claims import FALSE
+from labkit.judge.claims import FALSE, Ledger
 from labkit.lab import verdicts
 from labkit.lab.catalogue import catalogue
 from labkit.runs import RECORDED
@@ -19,7 +19,6 @@ from tests.browser.chromium import Browser
 pytestmark = pytest.mark.timeout(700)  # the first to ask for the report waits until it is made
 
 WIDTHS = (1000, 400)
-LEDGER = verdicts.evaluate(None)
 SHOWN = "[...document.querySelectorAll('table.ledger tbody tr')].filter(row => !row.hidden)"
 TOO_WIDE = """
 [...document.querySelectorAll('body *')].filter(one => {
@@ -57,11 +56,11 @@ def test_without_bpf_the_report_stands_on_recorded_runs(report_without_bpf: Path
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_no_page_is_wider_than_the_screen(
-    browser: Browser, report_without_bpf: Path, width: int
+    browser: Browser, report_without_bpf: Path, recorded_ledger: Ledger, width: int
 ) -> None:
     browser.resize(width, 1000)
     pages = sorted(report_without_bpf.glob("*.html"))
-    assert len(pages) > len(LEDGER.wrong())
+    assert len(pages) > len(recorded_ledger.wrong())
     for page in pages:
         browser.open(page.as_uri())
         if page.stem == "index":
@@ -83,7 +82,7 @@ def test_pages_ask_nobody_for_anything(browser: Browser, report_without_bpf: Pat
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_claims_can_be_filtered_and_sorted(
-    browser: Browser, report_without_bpf: Path, width: int
+    browser: Browser, report_without_bpf: Path, recorded_ledger: Ledger, width: int
 ) -> None:
     browser.resize(width, 1000)
     browser.open((report_without_bpf / "index.html").as_uri())
@@ -97,8 +96,12 @@ def test_claims_can_be_filtered_and_sorted(
         ids: list[str] = browser.run(f"{SHOWN}.map(row => row.id.replace('claim-', ''))")
         return ids
 
-    everything = [one.id for one in LEDGER.claims]
-    wrong = [one.id for one in LEDGER.claims if FALSE in {v.word for v in LEDGER.of(one)}]
+    everything = [one.id for one in recorded_ledger.claims]
+    wrong = [
+        one.id
+        for one in recorded_ledger.claims
+        if FALSE in {v.word for v in recorded_ledger.of(one)}
+    ]
     assert choose("words", "") == everything
     assert choose("verdict", FALSE) == wrong
     assert browser.run("document.querySelector('.filters output').textContent") == (
@@ -117,10 +120,10 @@ def test_claims_can_be_filtered_and_sorted(
 
 
 def test_a_claim_leads_to_its_page_and_on_to_its_experiment(
-    browser: Browser, report_without_bpf: Path
+    browser: Browser, report_without_bpf: Path, recorded_ledger: Ledger
 ) -> None:
     browser.resize(400, 1000)
-    for claim in LEDGER.wrong():
+    for claim in recorded_ledger.wrong():
         browser.open((report_without_bpf / verdicts.page_name(claim)).as_uri())
         targets = browser.run(
             "[...document.querySelectorAll('table.ledger a')].map(a => a.getAttribute('href'))"

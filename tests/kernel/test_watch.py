@@ -320,10 +320,10 @@ def test_a_batch_that_never_began_is_refused_and_one_in_doubt_counts_as_dropped(
         Watch(table, pull_s=PULL_S) as watch,
     ):
         for options in (libbpf.BatchOpts(elem_flags=1), libbpf.BatchOpts()):
-            assert -errno.EINVAL == lib.bpf_map_update_batch(
+            assert lib.bpf_map_update_batch(
                 table.fd, keys.ctypes.data, values.ctypes.data, ctypes.byref(count),
                 ctypes.byref(options),
-            )  # fmt: skip
+            ) == -errno.EINVAL  # fmt: skip
         events = collected(watch, 4)
         assert count.value == 2
         told = [(one.what, one.error, one.key is None) for one in events if one.error]
