@@ -117,7 +117,7 @@ def require_version(table: Map, field: str) -> None:
     if known.kind != "u" or known.itemsize > 8:
         raise BadInput(
             f"Values of map {table.name} (id {table.id}) carry no version: name an unsigned "
-            f"integer field of {dtype} that only grows with each write of a key."
+            f"integer field of {dtype} that only grows with each write of a key, or version=None."
         )
 
 

@@ -52,7 +52,7 @@ class Hybrid(RingEvents):
         self,
         channel: Channel,
         *,
-        version: str = "version",
+        version: str | None = "version",
         timer_s: float = 0.1,
         gather_s: float = 0.0,
         resync_gap_s: float = 0.05,

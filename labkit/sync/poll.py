@@ -26,8 +26,8 @@ class Poll(Strategy):
     ----------
     interval_s : float
         Between two reads, seconds. A read that comes late skips those it has missed.
-    version : str
-        As for `Strategy`.
+    version : str or None
+        As for `Strategy`. None: a read counts one change of each key whose bytes differ.
 
     Examples
     --------
@@ -43,7 +43,7 @@ class Poll(Strategy):
     [(80, 2)]
     """
 
-    def __init__(self, interval_s: float = 0.01, *, version: str = "version") -> None:
+    def __init__(self, interval_s: float = 0.01, *, version: str | None = "version") -> None:
         if not 0 < interval_s < math.inf:
             raise BadInput(f"A poll interval is more than 0 s and finite, not {interval_s}.")
         super().__init__(version=version)
@@ -59,6 +59,7 @@ class Poll(Strategy):
             dropped=0,
             coalesced=self._coalesced,
             resyncs=self._resyncs,
+            unknown=("coalesced",) if self._version is None else (),
         )
 
     def _subscribe(self) -> None:

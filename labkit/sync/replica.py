@@ -73,8 +73,9 @@ class Replica:
     ----------
     table : Map
         The map that is copied: its layouts are taken over, it is not read.
-    version : str
-        Name of the value's field that only grows with each write of a key.
+    version : str or None
+        Name of the value's field that only grows with each write of a key. None: values have
+        none; changes are numbered as they come (`number`), and snapshots compared by bytes.
 
     Examples
     --------
@@ -88,10 +89,11 @@ class Replica:
     7
     """
 
-    def __init__(self, table: Map, *, version: str = "version") -> None:
+    def __init__(self, table: Map, *, version: str | None = "version") -> None:
         self.key_dtype = table.key_dtype
         self.value_dtype = table.value_dtype
         self._field = version
+        self._numbered = 0  # changes so far, where values have no version
         self.change_dtype = change_dtype(self.key_dtype, self.value_dtype)
         self._library = native.compiled()
         self._used = self._live = 0
@@ -135,9 +137,12 @@ class Replica:
         """Keys that are here and not there, there and not here, or of another version."""
         rows = self._find(snapshot.keys)
         known = rows != _EMPTY
-        rows, versions = rows[known], versions_of(snapshot.values, self._field)[known]
+        rows, values = rows[known], snapshot.values[known]
         here = self._present[rows]
-        same = here & (self._versions[rows] == versions)
+        if self._field is None:
+            same = here & _same_bytes(self._values[rows], values)
+        else:
+            same = here & (self._versions[rows] == versions_of(values, self._field))
         return len(snapshot) - int(same.sum()) + len(self) - int(here.sum())
 
     # -- applying ----------------------------------------------------------------------
@@ -167,12 +172,21 @@ class Replica:
         for column, word in zip(rows["key"].T, self._as_words(snapshot.keys), strict=True):
             column[:count] = word
         new = rows[:count]
-        new["version"], new["value"] = versions_of(snapshot.values, self._field), snapshot.values
+        new["value"] = snapshot.values
+        if self._field is None:
+            new["missing_ns"] = started_ns  # as in `resync`
+        else:
+            new["version"] = versions_of(snapshot.values, self._field)
         new["known"] = new["present"] = True
         new["seen_ns"] = time.monotonic_ns()
         self._used = self._live = count
         self._hold(rows)
         self._index_anew()
+
+    def number(self, changes: npt.NDArray[Any]) -> None:
+        """Give changes, where values have no version, the order of their arrival as ``version``."""
+        changes["version"] = np.arange(1, len(changes) + 1) + self._numbered
+        self._numbered += len(changes)
 
     def apply(self, changes: Changes) -> Bools:
         """Apply a batch; a change that is older than what its key was at is passed over.
@@ -343,7 +357,15 @@ class Replica:
         """
         before_ns = self._complete_ns
         compare = self._compare_by_numpy if self._library is None else self._compare
-        rows, newer, steps = compare(snapshot, started_ns)
+        if self._field is None:
+            versions = self._numbers_of_differing(snapshot)
+        else:
+            versions = versions_of(snapshot.values, self._field)
+        rows, newer, steps = compare(snapshot, versions, started_ns)
+        if self._field is None:
+            steps = len(newer)
+            # Events that are still on their way, and were committed before, tell of nothing newer.
+            self._missing_ns[rows] = started_ns
         absent = np.zeros(0, np.int64)
         if snapshot.complete:
             self._complete_ns = max(started_ns, 1)
@@ -355,7 +377,7 @@ class Replica:
         updates, deletes = changes[: len(newer)], changes[len(newer) :]
         updates["kind"], deletes["kind"] = ChangeKind.UPDATE, ChangeKind.DELETE
         updates["key"], updates["value"] = snapshot.keys[newer], snapshot.values[newer]
-        updates["version"] = versions_of(updates["value"], self._field)
+        updates["version"] = versions[newer]
         deletes["key"], deletes["version"] = (
             self._as_keys(self._rows[absent]),
             self._versions[absent],
@@ -370,11 +392,12 @@ class Replica:
             self._forget(rows, before_ns)
         return Resynced(changes, steps + len(absent))
 
-    def _compare(self, snapshot: Snapshot, started_ns: int) -> tuple[Rows, Rows, int]:
+    def _compare(
+        self, snapshot: Snapshot, versions: npt.NDArray[np.uint64], started_ns: int
+    ) -> tuple[Rows, Rows, int]:
         assert self._library is not None
         count = len(snapshot)
         keys, values = np.ascontiguousarray(snapshot.keys), np.ascontiguousarray(snapshot.values)
-        versions = versions_of(values, self._field)
         rows, newer = np.empty(count, np.int64), np.empty(count, np.int64)
         diff = native.Diff(
             keys=native.address(keys),
@@ -392,9 +415,10 @@ class Replica:
                 self._grow(self._used + 1)
         return rows, newer[: diff.news], int(diff.steps)
 
-    def _compare_by_numpy(self, snapshot: Snapshot, started_ns: int) -> tuple[Rows, Rows, int]:
+    def _compare_by_numpy(
+        self, snapshot: Snapshot, versions: npt.NDArray[np.uint64], started_ns: int
+    ) -> tuple[Rows, Rows, int]:
         """Take the newer entries over; answers the row of each, which they are, and their steps."""
-        versions = versions_of(snapshot.values, self._field)
         rows = self._find_or_add(snapshot.keys, distinct=True)
         known = np.where(self._known[rows], self._versions[rows], 0)
         # A delete that named no version may have been that of an older one.
@@ -412,6 +436,16 @@ class Replica:
         self._present[target] = True
         self._values[target] = snapshot.values[newer]
         return rows, newer, int(np.maximum(step, 1).sum())
+
+    def _numbers_of_differing(self, snapshot: Snapshot) -> npt.NDArray[np.uint64]:
+        """A new number for each entry whose bytes are not those that are here; else 0."""
+        rows = self._find(snapshot.keys)
+        # Row -1 is any row, and not asked about.
+        same = (rows != _EMPTY) & self._present[rows]
+        same &= _same_bytes(self._values[rows], snapshot.values)
+        numbers = np.where(same, 0, np.cumsum(~same) + self._numbered).astype(np.uint64)
+        self._numbered += int(np.count_nonzero(~same))
+        return numbers
 
     def _forget(self, seen: Rows, before_ns: int) -> None:
         """Drop rows of absent keys that changed before then; not those that a snapshot showed."""
@@ -589,6 +623,16 @@ def _row_dtype(key_bytes: int, value: np.dtype[Any]) -> np.dtype[np.void]:
             "itemsize": at + -(-value.itemsize // 8) * 8,
         }
     )
+
+
+def _same_bytes(some: npt.NDArray[Any], others: npt.NDArray[Any]) -> Bools:
+    """Whether items of one dtype are equal byte by byte, shape ``(n,)``."""
+    one, other = (
+        np.ascontiguousarray(items).view(np.uint8).reshape(len(items), items[:1].nbytes)
+        for items in (some, others)
+    )
+    same: Bools = (one == other).all(axis=1)
+    return same
 
 
 def _grouped(rows: Rows, used: int) -> Rows:

@@ -136,7 +136,7 @@ class RingEvents(Strategy):
         self,
         channel: Channel,
         *,
-        version: str = "version",
+        version: str | None = "version",
         timer_s: float = 0.1,
         gather_s: float = 0.0,
         resync_gap_s: float = 0.05,
@@ -178,6 +178,7 @@ class RingEvents(Strategy):
             unread_bytes=ring.unread_bytes,
             free_bytes=ring.free_bytes,
             size_bytes=ring.capacity_bytes,
+            unknown=("order",) if self._version is None else (),
         )
 
     # -- the two accounts: counters and sequences ------------------------------------------
@@ -311,6 +312,8 @@ class RingEvents(Strategy):
         elif unread := self._reader.unread_bytes:
             events = self._read(min(unread // self._slot + 1, MOST_EVENTS))
             lost = bool(len(events)) and self._number(events)
+            if self._version is None:
+                self.replica.number(events)
             news = self._apply(events.view(self._change))
         else:
             news, lost = self._nothing(), False
@@ -328,7 +331,7 @@ class RingEvents(Strategy):
     def _native_follow(self, reader: RingReader) -> native.Follow | None:
         """What compiled code needs to do all of `_take`; None where there is none."""
         ring = reader.ring
-        if ring is None or self._library is None:
+        if ring is None or self._library is None or self._version is None:
             return None
         # Events are read into one place, again and again, and news copied from there.
         self._events = np.empty(MOST_EVENTS, self._event)

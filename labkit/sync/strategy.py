@@ -12,7 +12,7 @@ import numpy as np
 
 from labkit.errors import BadInput
 from labkit.kernel.closing import Closing
-from labkit.kernel.maps import Map
+from labkit.kernel.maps import OF_MAPS, PER_CPU, Map
 from labkit.sync.changes import Changes, require_version
 from labkit.sync.replica import Bools, Replica
 
@@ -42,6 +42,10 @@ class Stats:
         Snapshots taken since the first.
     unread_bytes, free_bytes, size_bytes : int or None
         How the ring stands, where there is one.
+    unknown : tuple of str
+        What nobody can tell of values without a version: ``coalesced`` (values that stood only
+        between two readings are in no count), ``order`` (whether two writers' events of a key came
+        in the order of their changes; a reading of the map sets it right).
     """
 
     produced: int
@@ -53,6 +57,7 @@ class Stats:
     unread_bytes: int | None = None
     free_bytes: int | None = None
     size_bytes: int | None = None
+    unknown: tuple[str, ...] = ()
 
 
 class Strategy(Closing, ABC):
@@ -67,12 +72,14 @@ class Strategy(Closing, ABC):
 
     Parameters
     ----------
-    version : str
+    version : str or None
         Name of the value's field that is its version; ignored where the value is a plain
-        unsigned integer, which then is the version.
+        unsigned integer, which then is the version. None: the value has none, or may go back.
+        Then a change has as ``version`` the number of its arrival here, a reading of the map
+        brings what differs by its bytes, and `Stats.unknown` says what nobody can tell.
     """
 
-    def __init__(self, *, version: str = "version") -> None:
+    def __init__(self, *, version: str | None = "version") -> None:
         self._version = version
         self._table: Map | None = None
         self._replica: Replica | None = None
@@ -121,8 +128,8 @@ class Strategy(Closing, ABC):
         Raises
         ------
         BadInput
-            Its values have no version, the strategy cannot follow this map, or follows one
-            already.
+            Its values have no version and ``version`` is not None, the strategy cannot follow this
+            map, or follows one already.
         MapError
             The kernel's refusal.
         """
@@ -130,7 +137,13 @@ class Strategy(Closing, ABC):
             raise self._unusable()
         if self._table is not None:
             raise BadInput(f"This strategy follows {self._table!r} already: make another one.")
-        require_version(table, self._version)
+        if table.kind in PER_CPU | OF_MAPS:
+            raise BadInput(
+                f"{table!r} has no single value for a key (one for each CPU, or a map): it can be "
+                "watched, but not copied."
+            )
+        if self._version is not None:
+            require_version(table, self._version)
         self._table = Map.from_fd(table.fd, key=table.key_dtype, value=table.value_dtype)
         try:
             self._replica = Replica(self._table, version=self._version)

@@ -17,7 +17,7 @@ from labkit.kernel.btf import member_offset
 from labkit.kernel.closing import Closing
 from labkit.kernel.compiler import LoadFailed
 from labkit.kernel.libbpf import AttachType, MapKind, ProgramKind
-from labkit.kernel.maps import OF_MAPS, PER_CPU, Map
+from labkit.kernel.maps import PER_CPU, Map
 from labkit.kernel.programs import BpfObject, Program
 from labkit.kernel.ringbuf import wakeup_constants
 from labkit.sync.changes import ChangeKind, Changes
@@ -358,7 +358,7 @@ class TraceHook(RingEvents):
         wakeup: str = "default",
         wakeup_at: int = 1,
         hooks: Hooks | None = None,
-        version: str = "version",
+        version: str | None = "version",
         timer_s: float = 0.1,
         gather_s: float = 0.0,
         resync_gap_s: float = 0.05,
@@ -396,11 +396,6 @@ class TraceHook(RingEvents):
             self._channel.close()
 
     def _subscribe(self) -> None:
-        if self.table.kind in PER_CPU | OF_MAPS:
-            raise BadInput(
-                f"{self.table!r} has no single value for a key (one for each CPU, or a map): it "
-                "can be watched with Hooks, but not copied."
-            )
         if self._given is not None and self._given.map_id != self.table.id:
             raise BadInput(f"The hooks are on the map with id {self._given.map_id}, not on this.")
         super()._subscribe()
@@ -410,7 +405,7 @@ class TraceHook(RingEvents):
                 self.table,
                 self._channel,
                 mechanism=self._mechanism,
-                version=self._version,
+                version=self._version or "",
                 wakeup=wakeup,
                 wakeup_at=at,
             )
@@ -444,6 +439,8 @@ class TraceHook(RingEvents):
         return 0 if self._hooks is None else self._hooks.missed() - self._missed_before
 
     def _resync(self) -> Changes:
+        if self._version is None:
+            return super()._resync()
         started_ns = time.monotonic_ns()
         snapshot = self.table.snapshot()
         # What happened before the snapshot comes before it: a delete that names no version is one
