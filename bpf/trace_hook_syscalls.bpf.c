@@ -11,25 +11,6 @@
 #include "trace_hook.h"
 #include "map_of_fd.h"
 
-#define NR_BPF 321  // of x86-64; 32-bit processes enter by another number, and are not seen
-
-// Fields of union bpf_attr, up to the last that is read here (include/uapi/linux/bpf.h).
-struct element_call {
-	u32 map_fd;
-	u32 padding;
-	u64 key;
-	u64 value;
-};
-
-struct batch_call {
-	u64 in_batch;
-	u64 out_batch;
-	u64 keys;
-	u64 values;
-	u32 count;  // the kernel writes back how many elements it went through
-	u32 map_fd;
-};
-
 static inline void element_changed(u32 command, u64 attr, s64 result)
 {
 	struct element_call call = {};
@@ -49,7 +30,7 @@ static inline void batch_changed(u32 command, u64 attr, s64 result)
 	struct batch_call call = {};
 	u8 kind = command == BPF_MAP_UPDATE_BATCH ? CHANGE_UPDATE : CHANGE_DELETE;
 
-	if (bpf_probe_read_user(&call, sizeof(call), (void *)attr) || map_id(call.map_fd) != MAP_ID)
+	if (bpf_probe_read_user(&call, BATCH_BYTES, (void *)attr) || map_id(call.map_fd) != MAP_ID)
 		return;
 	if (command == BPF_MAP_DELETE_BATCH)
 		call.values = 0;

@@ -10,29 +10,8 @@
 #include "map_of_fd.h"
 #include "watch_event.h"
 
-#define NR_BPF 321  // of x86-64; 32-bit processes enter by another number, and are not seen
-
 BPF_HASH(batches, u64, struct batch, 4096);  // by thread: the batch that is being told of
 BPF_PROG_ARRAY(next, 1);                   // on_batch
-
-// Fields of union bpf_attr, up to the last that is read here (include/uapi/linux/bpf.h).
-struct element_call {
-	u32 map_fd;
-	u32 padding;
-	u64 key;
-	u64 value;
-};
-
-struct batch_call {
-	u64 in_batch;
-	u64 out_batch;
-	u64 keys;
-	u64 values;
-	u32 count;  // the kernel writes over it how many elements it went through, unless it never began
-	u32 map_fd;
-	u64 elem_flags;
-	u64 flags;
-};
 
 static inline bool is_batch(u32 command)
 {
@@ -97,7 +76,7 @@ static inline void batch_changed(u64 *ctx, u32 command, struct pt_regs *regs, s6
 	u64 thread = bpf_get_current_pid_tgid(), key = NOWHERE, value = NOWHERE;
 	bool begun;
 
-	if (bpf_probe_read_user(&call, sizeof(call), (void *)regs->si))
+	if (bpf_probe_read_user(&call, BATCH_BYTES, (void *)regs->si))
 		return;
 	batch.id = map_id(call.map_fd);
 	if (!batch.id || !watched(batch.id, &batch.of))
@@ -107,6 +86,9 @@ static inline void batch_changed(u64 *ctx, u32 command, struct pt_regs *regs, s6
 	batch.kind = command == BPF_MAP_UPDATE_BATCH ? WATCH_UPDATE : WATCH_DELETE;
 	batch.keys = call.keys;
 	batch.values = command == BPF_MAP_DELETE_BATCH ? NOWHERE : call.values;
+	if (result)
+		bpf_probe_read_user(&call.elem_flags, sizeof(call) - BATCH_BYTES,
+				    (void *)(regs->si + BATCH_BYTES));
 	begun = !result || had_begun(regs->dx, result);
 	if (begun)
 		batch.count = call.count;

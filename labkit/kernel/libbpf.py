@@ -632,15 +632,6 @@ def prog_map_ids(fd: int) -> list[int]:
     return list(ids[: info.nr_map_ids])
 
 
-def prog_xlated(fd: int) -> bytes:
-    """The instructions of a program as the verifier left them."""
-    size = prog_info(fd).xlated_prog_len
-    code = ctypes.create_string_buffer(size)
-    info = ProgInfo(xlated_prog_len=size, xlated_prog_insns=ctypes.addressof(code))
-    object_info(fd, info)
-    return code.raw
-
-
 def prog_instructions(fd: int) -> npt.NDArray[np.void]:
     """The instructions of a program as the verifier left them (``xlated``).
 

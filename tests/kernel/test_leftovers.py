@@ -19,6 +19,8 @@ from labkit.kernel import leftovers
 from labkit.kernel.leftovers import clean, memory_cgroup, temporary_folder, trace_instance
 from labkit.kernel.parallel import Child
 
+pytestmark = pytest.mark.outside_vm("a process ends in the same ways on every kernel")
+
 CHECKOUT = Path(leftovers.__file__).resolve().parents[2]
 GONE_WITHIN_S = 60.0
 

@@ -24,6 +24,8 @@ from labkit.kernel.parallel import die_with_parent
 from labkit.kernel.pins import PinFolder
 from labkit.kernel.programs import Program
 
+pytestmark = pytest.mark.outside_vm("starts Python for each program, and asks nothing of a kernel")
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "sync.md").read_text()
 BLOCKS: list[tuple[str, str]] = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
