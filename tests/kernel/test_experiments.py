@@ -25,6 +25,8 @@ LACKS = "this kernel lacks "
 SMALLER: dict[str, dict[str, Any]] = {
     "sync-benchmark": {"sizes": [8], "rounds": 2},
     "no-staleness": {"updates": 5_000, "copied": 1_000, "packets": 50},
+    "coverage-matrix": {"writes": 31, "calls": 500},
+    "recycled-element": {"reads": 30_000, "writes": 10_000},
     "coverage-by-type": {"writes": 7, "switches": 3},
     "foreign-writer": {"writes": 503},
     "switch-cost": {"sweeps": 4, "keys": [64], "switches": 3},
