@@ -502,8 +502,8 @@ def _parser() -> argparse.ArgumentParser:
                       help="the same where times or rates decide (20)")  # fmt: skip
     soak.add_argument("--folder", help="folder of runs (default: runs of the checkout)")
 
-    bench = add("bench", _bench, "the lab's own speed against its bars; 5: one falls short")
-    bench.add_argument("benchmark", choices=("kernel", "sync"))
+    bench = add("bench", _bench, "what the lab itself takes, against its bars; 5: one falls short")
+    bench.add_argument("benchmark", choices=("kernel", "sync", "load"))
     shared(bench)
 
     follow = add("soak-follow", _bench,

@@ -73,7 +73,7 @@ def run(
     Parameters
     ----------
     name : str
-        ``kernel``, ``sync`` or ``follow``: a module ``bench_<name>`` of ``experiments.bench``.
+        That of a module ``bench_<name>`` of ``experiments.bench``, such as ``kernel``.
     profile : str
         ``quick`` or ``full``.
     folder : Path
