@@ -257,7 +257,9 @@ def _bench(chosen: argparse.Namespace) -> int:
     from labkit.lab.measure import RUNS
 
     folder = Path(chosen.folder) if chosen.folder else RUNS
-    run, results, finding = bench.run(chosen.benchmark, chosen.profile, folder)
+    changed = {name: getattr(chosen, name, None) for name in ("seconds", "rate")}
+    changed = {name: value for name, value in changed.items() if value is not None}
+    run, results, finding = bench.run(chosen.benchmark, chosen.profile, folder, changed)
     print(*results, f"saved as {run.path}", sep="\n")
     if chosen.record and finding.holds:
         print(f"recorded as {runs.record(run)}")
@@ -500,9 +502,19 @@ def _parser() -> argparse.ArgumentParser:
                       help="the same where times or rates decide (20)")  # fmt: skip
     soak.add_argument("--folder", help="folder of runs (default: runs of the checkout)")
 
-    bench = add("bench", _bench, "the lab's own speed against its bars; 5: one falls short")
-    bench.add_argument("benchmark", choices=("kernel", "sync"))
+    bench = add("bench", _bench, "what the lab itself takes, against its bars; 5: one falls short")
+    bench.add_argument("benchmark", choices=("kernel", "sync", "load"))
     shared(bench)
+
+    follow = add("soak-follow", _bench,
+                 "followers and a watch under load for long: is each change accounted for, is "
+                 "memory flat; Ctrl-C ends it early; 5: one falls short")  # fmt: skip
+    follow.set_defaults(benchmark="follow")
+    follow.add_argument("--seconds", type=_seconds, metavar="S",
+                        help="how long (20, or with the profile full 1800)")  # fmt: skip
+    follow.add_argument("--rate", type=int, metavar="N",
+                        help="changes a second of each of two maps (100000)")  # fmt: skip
+    shared(follow)
 
     diagnosis = add(
         "diagnose", _diagnose,

@@ -347,7 +347,10 @@ def _command_line(machine: Machine) -> list[str]:
 
 def _share(tag: str, path: Path) -> list[str]:
     quoted = str(path).replace(",", ",,")
-    return ["-virtfs", f"local,path={quoted},mount_tag={tag},security_model=none,multidevs=remap"]
+    return [
+        "-virtfs",
+        f"local,path={quoted},mount_tag={tag},security_model=mapped-xattr,multidevs=remap",
+    ]
 
 
 @contextlib.contextmanager

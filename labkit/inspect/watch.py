@@ -547,15 +547,16 @@ def _show(
             if len(meant) < len(tables):
                 rest = ", ".join(repr(one) for one in tables if one not in meant)
                 _say(f"Left out, as changes of their kinds cannot be hooked: {rest}.")
-            unread_at_first = watch.unread
+            said = watch.unread
             out.several = len(meant) != 1
             ends = time.monotonic() + seconds
             written = 0
             while (left := ends - time.monotonic()) > 0 and not interrupted.is_set():
                 written += out.write(wanted.of(watch.poll(min(left, _STEP_S))))
+                said = _say_unread(watch.unread, said)
             written += out.write(wanted.of(watch.end()))
             _say_counts(watch, written)
-            _say_unread({id: why for id, why in watch.unread.items() if id not in unread_at_first})
+            _say_unread(watch.unread, said)
             storable = [one.id for one in meant if one.kind not in _NOT_BY_PROGRAMS]
             if watch.found and (users := programs_of(storable)):
                 _say(f"What was found may have been written by {', '.join(users)}.")
@@ -575,12 +576,14 @@ def _say_what(watch: Watch, tables: list[Map]) -> None:
     _say(tell)
     if watch.unhooked:
         _say(f"Nor is seen what passes {', '.join(watch.unhooked)}: they could not be hooked.")
-    _say_unread(watch.unread)
+    _say_unread(watch.unread, {})
 
 
-def _say_unread(unread: dict[int, str]) -> None:
-    for id, why in unread.items():
-        _say(f"Map {id} is not read ({why}): of it, what the hooks do not see is not found.")
+def _say_unread(unread: dict[int, str], said: dict[int, str]) -> dict[int, str]:
+    """Say why maps are not read that were when it was said last; answers what is said by now."""
+    for id in unread.keys() - said.keys():
+        _say(f"Map {id} is not read ({unread[id]}): of it, what the hooks do not see is not found.")
+    return unread
 
 
 def _say_counts(watch: Watch, written: int) -> None:

@@ -61,7 +61,7 @@ def result(
     name : str
         What was measured.
     values : pandas.Series
-        One for each repetition.
+        One for each repetition, or the only one.
     unit : str
         Of the values.
     least, most : float
@@ -69,7 +69,7 @@ def result(
     """
     median = float(values.median())
     bar = f"at least {least:,g}" if least > -math.inf else f"at most {most:,g}"
-    low, high = float(values.min()), float(values.max())
+    low, high = (math.nan,) * 2 if len(values) == 1 else (float(values.min()), float(values.max()))
     if math.isinf(least) and math.isinf(most):
         return Result(name, median, unit, low, high)
     return Result(name, median, unit, low, high, bar, least <= median <= most)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from labkit import runs
 from labkit.judge.bars import Result
@@ -49,29 +49,37 @@ class Benchmark:
     Attributes
     ----------
     measure : callable
-        Gets the profile, ``quick`` or ``full``; answers the run, not saved yet.
+        Gets the profile, ``quick`` or ``full``, and parameters that differ from it; answers the
+        run, not saved yet.
     results : callable
         Gets the run as it stands on disk; answers its lines.
     judge : callable
         Gets the same; answers whether its bars hold.
+    apart : bool
+        It is measured in a child, bounded in time; else it sees to that itself.
     """
 
-    measure: Callable[[str], Run]
+    measure: Callable[..., Run]
     results: Callable[[Run], list[Result]]
     judge: Callable[[Run], Finding]
+    apart: bool = True
 
 
-def run(name: str, profile: str, folder: Path) -> tuple[Run, list[Result], Finding]:
+def run(
+    name: str, profile: str, folder: Path, changed: Mapping[str, Any]
+) -> tuple[Run, list[Result], Finding]:
     """Measure a benchmark, save the run, load it again and judge it.
 
     Parameters
     ----------
     name : str
-        ``kernel`` or ``sync``: a module ``bench_<name>`` of ``experiments.bench``.
+        That of a module ``bench_<name>`` of ``experiments.bench``, such as ``kernel``.
     profile : str
         ``quick`` or ``full``.
     folder : Path
         Folder of runs.
+    changed : mapping
+        Parameters that differ from the profile's.
 
     Returns
     -------
@@ -87,8 +95,10 @@ def run(name: str, profile: str, folder: Path) -> tuple[Run, list[Result], Findi
     """
     known: Benchmark = importlib.import_module(f"experiments.bench.bench_{name}").BENCHMARK
     check_writable(folder)
-    # In a child: bounded in time, and what it holds in the kernel goes with it.
-    with Child(lambda: known.measure(profile)) as worker:
-        measured = worker.result(TIME_LIMIT_S[profile])
+    if known.apart:  # what it holds in the kernel goes with the child
+        with Child(lambda: known.measure(profile, **changed)) as worker:
+            measured = worker.result(TIME_LIMIT_S[profile])
+    else:
+        measured = known.measure(profile, **changed)
     saved = runs.load(runs.save(measured, folder))
     return saved, known.results(saved), known.judge(saved)

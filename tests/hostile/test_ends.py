@@ -17,6 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from experiments.bench import follow_bars
+from labkit import runs
+from labkit.errors import FALLS_SHORT
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 
@@ -137,6 +140,27 @@ def test_an_experiment_ends_with_all_its_processes(
     run.send_signal(number)
     run.wait(WITHIN_S)
     marked.await_end()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_soak_that_is_stopped_keeps_what_it_has(
+    number: int, marked: Marked, tmp_path: Path
+) -> None:
+    folder = tmp_path / "runs"
+    soak = marked.start(*labkit("soak-follow", "--seconds", "30", "--folder", str(folder)))
+    until(lambda: re.search(r"of 30 s: [1-9]", marked.said()), marked.said)
+    soak.send_signal(number)
+    status = soak.wait(WITHIN_S)
+    marked.await_end()
+    if number == signal.SIGKILL:
+        return
+    assert status == FALLS_SHORT, marked.said()  # too little to tell whether memory is flat
+    (saved,) = folder.rglob("run.json")
+    lines = [str(one) for one in follow_bars.results(runs.load(saved.parent))]
+    assert f"saved as {saved.parent}" in marked.said()
+    assert {line for line in lines if "falls short" in line} == {
+        line for line in lines if follow_bars.GROWTH in line
+    }
 
 
 def test_a_killed_compiler_leaves_nothing(

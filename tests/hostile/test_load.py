@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from labkit.errors import CAUSE_FOUND
-from labkit.kernel import objects
-from tests.hostile.crowd import (
+from experiments.bench import bench_load, load_bars
+from experiments.bench.crowd import (
     BY_HUNDRED,
     HUNDRED,
     MAPS,
@@ -18,32 +16,19 @@ from tests.hostile.crowd import (
     NAMESAKES,
     PINS,
     PROGRAMS,
-    SHARED,
     Crowd,
     crowd,
 )
+from labkit import runs
+from labkit.errors import CAUSE_FOUND
+from labkit.kernel import objects
+from labkit.runs import Run
 
 pytestmark = [
     pytest.mark.kernel,
     pytest.mark.usefixtures("kernel"),
     pytest.mark.outside_vm("takes minutes on an emulated CPU, and asks how the lab counts"),
 ]
-
-CPU_S, PEAK_MIB, TEXT_BYTES = 20.0, 300.0, 200_000
-STUCK_S = 120.0  # waiting for a CPU that others use is no fault of a command
-# A process's own peak, since what it inherits from the one that starts it counts for rusage.
-MEASURED = """
-import os, resource, sys
-from labkit.__main__ import main
-status = main(sys.argv[2:])
-sys.stdout.flush()
-self, others = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-with open("/proc/self/status") as file:
-    peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-cpu_s = sum(one.ru_utime + one.ru_stime for one in (self, others))
-os.write(int(sys.argv[1]), f"{cpu_s} {max(peak, others.ru_maxrss) / 1024}".encode())
-sys.exit(status)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -52,24 +37,6 @@ def made(why_no_kernel: str) -> Iterator[Crowd]:
         pytest.skip(why_no_kernel)
     with crowd() as one:
         yield one
-
-
-def measured(*words: str) -> tuple[int, str, str]:
-    """Run a command; its status and what it said. Prints what it took, and holds it to that."""
-    with subprocess.Popen(
-        [sys.executable, "-c", MEASURED, "2", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as command:  # fmt: skip
-        try:
-            said, told = command.communicate(timeout=STUCK_S)
-        except BaseException:
-            command.kill()
-            raise
-    told, _, figures = told.rpartition("\n")
-    cpu_s, peak_mib = map(float, figures.split())
-    print(f"{' '.join(words):40} {cpu_s:6.1f} s {peak_mib:6.0f} MiB {len(said):9,} B")
-    assert cpu_s < CPU_S and peak_mib < PEAK_MIB and len(said) + len(told) < TEXT_BYTES, words
-    return command.returncode, said, told
 
 
 def test_all_of_them_are_seen(made: Crowd) -> None:
@@ -82,20 +49,31 @@ def test_all_of_them_are_seen(made: Crowd) -> None:
     assert len(now.twins(made.namesake)) == NAMESAKES - 1
 
 
-def test_every_command_is_bounded(made: Crowd) -> None:
-    status, said, _ = measured("diagnose", str(made.alone))
-    assert status == 0 and said.startswith(f"map {made.alone} ")
-    status, said, _ = measured("diagnose", SHARED)
-    assert status == 0 and f"{PROGRAMS // 2 - 20:,} more" in said and len(said) < 20_000
-    status, said, _ = measured("diagnose", str(made.namesake))
-    assert status in (0, CAUSE_FOUND) and len(said) < TEXT_BYTES / 2
-    status, said, _ = measured("diagnose", BY_HUNDRED)
-    assert status == 0 and said.count(f" {BY_HUNDRED}: hash, key 4 B") == HUNDRED
-    for words in (["diagnose", NAME], ["watch", NAME, "--seconds", "1"]):
-        status, said, told = measured(*words)
-        assert status == 2 and not said and len(told) < 2_000
-        assert f"{NAMESAKES:,} maps are called '{NAME}'" in told
-    status, said, told = measured("watch", str(made.alone), "--seconds", "1")
-    assert status == 0 and not said and "0 changes were told by hooks, 0 were dropped" in told
-    for words in (["list"], ["list", "--json"], ["doctor"]):
-        assert measured(*words)[0] == 0
+def test_every_command_is_bounded(made: Crowd, tmp_path: Path) -> None:
+    every = {name: bench_load.measured(name, words)
+             for name, words in bench_load.commands(made).items()}  # fmt: skip
+    run = Run(
+        load_bars.EXPERIMENT, "quick", {"maps": MAPS},
+        {"kernel": "6.18.44", "recorded_at": "2026-11-22T22:00:00+00:00"},
+        {"commands": bench_load.as_table(list(every.values()))},
+    )  # fmt: skip
+    finding = load_bars.judge(runs.load(runs.save(run, tmp_path)))
+    assert finding.holds and len(finding.checks) == len(load_bars.MOST) * len(every), finding
+
+    one, shared = every["diagnose ONE"], every["diagnose SHARED"]
+    assert one.status == 0 and one.said.startswith(f"map {made.alone} ")
+    assert shared.status == 0 and f"{PROGRAMS // 2 - 20:,} more" in shared.said
+    assert len(shared.said) < 20_000
+    namesake, hundred = every["diagnose NAMESAKE"], every["diagnose HUNDRED"]
+    assert namesake.status in (0, CAUSE_FOUND)
+    assert len(namesake.said) < load_bars.MOST["text_bytes"] / 2
+    assert hundred.status == 0
+    assert hundred.said.count(f" {BY_HUNDRED}: hash, key 4 B") == HUNDRED
+    for refused in (every["diagnose THOUSAND"], every["watch THOUSAND"]):
+        assert refused.status == 2 and not refused.said and len(refused.told) < 2_000
+        assert f"{NAMESAKES:,} maps are called '{NAME}'" in refused.told
+    watch = every["watch ONE"]
+    assert watch.status == 0 and not watch.said
+    assert "0 changes were told by hooks, 0 were dropped" in watch.told
+    for name in ("watch --all", "list", "list --json", "doctor"):
+        assert every[name].status == 0

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.bench.crowd import instructions
 from labkit.errors import BadInput
 from labkit.inspect.diagnose import diagnose
 from labkit.kernel import libbpf, objects, programs
@@ -74,6 +77,68 @@ def test_a_pin_of_any_name_is_one_line(name: bytes, table: Map) -> None:
         assert libbpf.shown(os.fsencode(path)) in str(found).splitlines()[1]
         assert not any(line.startswith("cause") for line in str(found).splitlines())
         os.unlink(path)
+
+
+@contextmanager
+def apart(namespace: str, script: str, name: bytes) -> Iterator[int]:
+    """A process that ran a script in a namespace of its own, and waits there."""
+    with subprocess.Popen(
+        ["unshare", namespace, "sh", "-c", f"{script} && echo up && exec cat", name],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as one:  # fmt: skip
+        try:
+            assert one.stdout is not None
+            assert one.stdout.readline() == b"up\n"
+            yield one.pid
+        finally:
+            one.kill()
+
+
+@pytest.mark.parametrize("name", [*NAMES, FORGED.encode()])
+def test_a_mount_point_of_any_name_keeps_nobody_from_looking(
+    name: bytes, table: Map, tmp_path: Path
+) -> None:
+    point = bytes(tmp_path) + b"/" + name
+    os.mkdir(point)
+    with apart("--mount", 'mount -t bpf none "$0"', point):
+        (found,) = diagnose(str(table.id))
+        assert str(found).startswith(f"map {table.id} hostile: ") and FORGED not in str(found)
+
+
+@pytest.mark.parametrize(
+    "name", [b"\xff\xfe", b"a\x1b[2J", "\u202etfel".encode(), b"-rf", b"$(id)"]
+)
+def test_a_device_of_any_name_is_one_line(name: bytes, table: Map) -> None:
+    program = libbpf.prog_load(ProgramKind.XDP, instructions(table.fd), name="named")
+    add = 'ip link add dev "$0" type veth peer name "$0"2'
+    try:
+        with apart("--net", add, name) as pid, entered(pid):
+            link = attached(program)
+            (found,) = diagnose(str(table.id))
+            libbpf.close(link)
+    finally:
+        libbpf.close(program)
+    assert re.search(rf" of dev {re.escape(libbpf.shown(name))}2?( |,|$)", str(found), re.M), found
+
+
+@contextmanager
+def entered(pid: int) -> Iterator[None]:
+    """This thread in a process's network namespace."""
+    with open("/proc/thread-self/ns/net") as own, open(f"/proc/{pid}/ns/net") as its:
+        assert ctypes.CDLL(None).setns(its.fileno(), 0) == 0
+        try:
+            yield
+        finally:
+            assert ctypes.CDLL(None).setns(own.fileno(), 0) == 0
+
+
+def attached(program: int) -> int:
+    """A program, on the first device here that takes it."""
+    for number in range(2, 64):  # names that are no text keep socket.if_nameindex from answering
+        link = libbpf.api().bpf_link_create(program, number, int(AttachType.XDP), None)
+        if link > 0:
+            return int(link)
+    raise AssertionError("no device takes it")
 
 
 def test_only_a_pin_of_a_map_is_a_map(table: Map) -> None:

@@ -336,3 +336,11 @@ def test_a_build_that_is_cut_off_leaves_no_image_and_no_process(tmp_path: Path) 
     )
     assert [path.suffix for path in tmp_path.glob("[!w]*")] == [".part"]
     assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_what_a_guest_makes_in_a_share_is_plain_data_here(images: Path) -> None:
+    """Its devices, links, owners and modes are words beside empty or short files of ours."""
+    machine = vm.Machine("/run", str(images), 1, os.getpid(), "tcg")
+    shares = [word for word in vm._command_line(machine) if "mount_tag" in word]
+    assert len(shares) == 2
+    assert all(",security_model=mapped-xattr," in one for one in shares)

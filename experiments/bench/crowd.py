@@ -22,8 +22,13 @@ _MAP_FD = 1  # the pseudo source register
 
 
 class Crowd(NamedTuple):
-    """Ids of what the process holds: a map like no other, one of a thousand with one name, and one
-    that a thousand programs refer to.
+    """Ids of what the process holds.
+
+    Attributes
+    ----------
+    alone, namesake, shared : int
+        A map like no other, one of a thousand with one name, and one that a thousand programs
+        refer to.
     """
 
     alone: int
