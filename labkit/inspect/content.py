@@ -66,6 +66,12 @@ class Content:
         return f"the first {kept:,} entries were read, {rest}"
 
 
+def readable(table: Map) -> bool:
+    """Whether an entry of a map is small enough to be read."""
+    cpus = libbpf.possible_cpus() if table.kind in PER_CPU else 1
+    return table.key_size + cpus * table.value_size <= _MOST_BYTES
+
+
 def read(
     table: Map, most_entries: int = MOST_ENTRIES, most_seconds: float = MOST_SECONDS
 ) -> Content:

@@ -134,7 +134,7 @@ class Diagnosis:
 
     def __str__(self) -> str:
         """The map, who holds and uses it, and the diagnostics, for a terminal."""
-        remarks = [_paragraph(one) for one in self.diagnostics]
+        remarks = [paragraph(one) for one in self.diagnostics]
         return "\n".join([*_heading(self.state), *remarks, *_extent(self.state)])
 
     def as_json(self) -> dict[str, Any]:
@@ -194,10 +194,35 @@ def diagnose(which: str) -> list[Diagnosis]:
             f"name one by its id, such as {wanted[-1]}, the newest."
         )
     where = attachments.survey(now)
-    return [
-        Diagnosis(state, tuple(sorted(diagnostics(state), key=lambda one: one.weight)))
-        for state in (_read(map_id, now, where) for map_id in wanted)
-    ]
+    return [examine(map_id, now, where) for map_id in wanted]
+
+
+def examine(
+    map_id: int, now: Objects, where: Survey, most_entries: int = content.MOST_ENTRIES,
+    most_seconds: float = content.MOST_SECONDS,
+) -> Diagnosis:  # fmt: skip
+    """Look at one of the maps of a moment.
+
+    Parameters
+    ----------
+    map_id : int
+        The map.
+    now : Objects
+        All objects of that moment.
+    where : Survey
+        Where the programs run.
+    most_entries : int
+        So many of its entries are read; those behind them are counted.
+    most_seconds : float
+        Bound, in seconds, of each of: its entries, what else stands in it, its programs.
+
+    Raises
+    ------
+    MapError
+        The kernel refuses to show the map, or it has gone since.
+    """
+    state = _read(map_id, now, where, most_entries, most_seconds)
+    return Diagnosis(state, tuple(sorted(diagnostics(state), key=lambda one: one.weight)))
 
 
 def map_ids(which: str, now: Objects) -> list[int]:
@@ -229,7 +254,9 @@ def map_ids(which: str, now: Objects) -> list[int]:
     return found
 
 
-def _read(map_id: int, now: Objects, where: Survey) -> MapState:
+def _read(
+    map_id: int, now: Objects, where: Survey, most_entries: int, most_seconds: float
+) -> MapState:
     one = now.maps[map_id]
     emptied = one.kind == "prog_array" and not (one.program_ids or one.pins)
     if emptied and one.pids:
@@ -245,13 +272,14 @@ def _read(map_id: int, now: Objects, where: Survey) -> MapState:
         # boot: see `labkit.kernel.objects.snapshot`.
         users = state.users(map_id)
         inside = Inside(taken=0, owner=users[0].kind if users else "")
-        return replace(state, inside=inside, codes=tuple(code.look(users, now.maps)))
+        codes = tuple(code.look(users, now.maps, most_seconds))
+        return replace(state, inside=inside, codes=codes)
     with Map.from_id(map_id) as opened:
         info = libbpf.map_info(opened.fd)
         found, refused = None, ""
-        if one.kind in _READ:
+        if one.kind in _READ and content.readable(opened):
             try:
-                found = content.read(opened)
+                found = content.read(opened, most_entries, most_seconds)
             except MapError as error:
                 refused = libbpf.error_name(error.errno or 0)
         state = MapState(
@@ -262,13 +290,13 @@ def _read(map_id: int, now: Objects, where: Survey) -> MapState:
             locked=btf.has_member_of(info.btf_id, info.btf_value_type_id, "bpf_spin_lock"),
             snapshot=found.snapshot if found else None,
             content=found,
-            inside=kinds.look(opened),
+            inside=kinds.look(opened, most_seconds),
             key_fields=btf.fields_of(info.btf_id, info.btf_key_type_id),
             pinned=tuple(pinned.look(one.pins)),
             refused=refused,
             survey=where,
         )
-    return replace(state, codes=tuple(code.look(state.users(map_id), now.maps)))
+    return replace(state, codes=tuple(code.look(state.users(map_id), now.maps, most_seconds)))
 
 
 # -- judging -----------------------------------------------------------------------------
@@ -457,9 +485,8 @@ def _held(state: MapState, one: MapObject | ProgramObject) -> str:
     holders = state.objects.holders(one)
     if not holders:
         return "held by no process and no pin"
-    more = [f"{len(holders) - _MOST_LISTED} more"] if holders[_MOST_LISTED:] else []
     far = any(pinned.process_behind(pin) for pin in one.pins)
-    return f"held by {_listed(holders[:_MOST_LISTED] + more)}" + (
+    return f"held by {_listed(holders, _MOST_LISTED)}" + (
         " (in another mount namespace)" if far else ""
     )
 
@@ -513,6 +540,7 @@ def _of_its_readers(state: MapState) -> Iterator[Diagnostic]:
             "Fill a new map for each generation, and wait for sleepable programs before an old one "
             "is filled again.",
             "switch-cost",
+            usual=True,
         )
     if one.frozen:
         yield Diagnostic(
@@ -521,6 +549,7 @@ def _of_its_readers(state: MapState) -> Iterator[Diagnostic]:
             "compiled in.",
             "Set it before the program is loaded, or keep what changes in an ordinary map.",
             "rodata-folded",
+            usual=_is_constants(one),
         )
     if one.flags & MapFlag.MMAPABLE:
         yield Diagnostic(
@@ -530,6 +559,7 @@ def _of_its_readers(state: MapState) -> Iterator[Diagnostic]:
             "Store the data before the flag that announces it, with release and acquire where the "
             "CPU is weakly ordered.",
             "mmap-msync",
+            usual=True,
         )
 
 
@@ -597,6 +627,7 @@ def _of_its_keys(state: MapState) -> Iterator[Diagnostic]:
             "the rest.",
             clear,
             "padded-key",
+            usual=True,
         )
 
 
@@ -611,6 +642,7 @@ def _of_its_room(state: MapState) -> Iterator[Diagnostic]:
             "Take an absent key for unknown, not for denied; give it twice the entries that must "
             "stay, and 128 for each CPU.",
             "lru-eviction",
+            usual=share < _ALMOST_FULL and not _is_small(one),
         )
     elif one.kind in _BOUNDED and share >= _ALMOST_FULL:
         error = "ENOSPC" if one.kind == "lpm_trie" else "E2BIG"
@@ -631,6 +663,7 @@ def _of_its_room(state: MapState) -> Iterator[Diagnostic]:
             "bursts with interrupts off.",
             "Heed the answer of each update, or preallocate.",
             "no-prealloc",
+            usual=True,
         )
 
 
@@ -642,13 +675,19 @@ def _of_evictions(state: MapState, full: str, share: float) -> str:
     else:
         words = "It is an LRU map: near its end it evicts keys that nobody deleted"
         words += ", and with lists for each CPU already at a CPU's share." if apart else "."
-    if not apart and one.max_entries < _CPU_STOCK * cpus:
+    if _is_small(one):
         words += (
             f" It is small, {one.max_entries:,} entries for {cpus} possible CPUs: each CPU keeps a "
             f"stock of free entries for itself, up to {_CPU_STOCK}, and one whose stock is used up "
             "evicts before the map is full."
         )
     return words
+
+
+def _is_small(one: MapObject) -> bool:
+    """Whether the stocks of the CPUs alone may hold all entries of an LRU map."""
+    common = not one.flags & MapFlag.NO_COMMON_LRU
+    return common and one.max_entries < _CPU_STOCK * libbpf.possible_cpus()
 
 
 def _of_its_values(state: MapState) -> Iterator[Diagnostic]:
@@ -662,6 +701,7 @@ def _of_its_values(state: MapState) -> Iterator[Diagnostic]:
             "The value has a bpf_spin_lock, which a plain update or lookup passes by.",
             "Update and look up with BPF_F_LOCK.",
             "torn-reads",
+            usual=True,
         )
     elif one.value_size > 8 and one.kind in _HASHES | _LRU | _ARRAYS:
         yield Diagnostic(
@@ -669,6 +709,7 @@ def _of_its_values(state: MapState) -> Iterator[Diagnostic]:
             f"A value of {one.value_size:,} bytes can be read half old and half new.",
             "Put a bpf_spin_lock into it and use BPF_F_LOCK, or a checksum, or switch a whole map.",
             "torn-reads",
+            usual=True,
         )
     if one.kind in _PER_CPU:
         unlike = ""
@@ -687,6 +728,7 @@ def _of_its_values(state: MapState) -> Iterator[Diagnostic]:
                 f"Give bpf(2) {slot} bytes for each possible CPU, {slot * libbpf.possible_cpus()} "
                 "here.",
                 "per-cpu-stride",
+                usual=True,
             )
         yield Diagnostic(
             "risk",
@@ -694,6 +736,7 @@ def _of_its_values(state: MapState) -> Iterator[Diagnostic]:
             f"bpf(2) writes all of them.{unlike}",
             "Read all slots and combine them, and write from one side only.",
             "per-cpu-slot",
+            usual=True,
         )
 
 
@@ -706,6 +749,7 @@ def _of_its_kind(state: MapState) -> Iterator[Diagnostic]:
             "absent, and an iteration may skip it.",
             "Look again once before you believe that a key is absent; read the map by batch.",
             "transient-null",
+            usual=True,
         )
     elif kind in _STREAMS:
         yield Diagnostic(
@@ -714,6 +758,7 @@ def _of_its_kind(state: MapState) -> Iterator[Diagnostic]:
             "room.",
             "Consume it, and count in the producer what was dropped.",
             "ring-buffer-facts" if "ringbuf" in kind else "perf-array-lookup",
+            usual=True,
         )
 
 
@@ -766,6 +811,8 @@ def unseen(state: MapState) -> list[str]:
     one, found = state.map, []
     if state.refused:
         found.append(f"its entries: the kernel answered {state.refused}")
+    elif one.kind in _READ and state.content is None:
+        found.append(f"its entries: a value has {one.value_size:,} bytes, too many to be read")
     if state.content is not None:
         if not state.content.whole:
             found.append("what lies behind the entries that were counted: time was up")
@@ -822,13 +869,16 @@ def _room(state: MapState) -> str:
 def _extent(state: MapState) -> Iterator[str]:
     for title, words in (("checked", checked(state)), ("unseen", unseen(state))):
         if words:
-            yield textwrap.fill(
-                "; ".join(words) + ".", _WIDTH, initial_indent=f"  {title:7}  ",
-                subsequent_indent=" " * 11,
-            )  # fmt: skip
+            yield titled(title, "; ".join(words) + ".")
 
 
-def _paragraph(diagnostic: Diagnostic) -> str:
+def titled(title: str, words: str) -> str:
+    """Words behind a title, such as ``checked``, for a terminal."""
+    return textwrap.fill(words, _WIDTH, initial_indent=f"  {title:7}  ", subsequent_indent=" " * 11)
+
+
+def paragraph(diagnostic: Diagnostic) -> str:
+    """A diagnostic for a terminal."""
     shown = f" (python -m labkit run {diagnostic.experiment})" if diagnostic.experiment else ""
     return "\n".join(
         textwrap.fill(words, _WIDTH, initial_indent=first, subsequent_indent=" " * 9)
