@@ -365,7 +365,7 @@ def _of_a_twin(state: MapState, twin: MapObject) -> Diagnostic:
     same_path = "Pin the map and let every load use that pin again, and open it by pin or id."
     apart = bool(one.pids and twin.pids) and not {*one.pids} & {*twin.pids}
 
-    if theirs and mine is None and not _switched(state, twin.id):
+    if theirs and mine is None and not (_switched(state, twin.id) or _is_spare(state, twin)):
         return Diagnostic(
             "risk" if theirs is Standing.NOWHERE else "cause",
             f"{used}; no program refers to this one, so that none reads what is written here.",
@@ -408,6 +408,18 @@ def _of_a_twin(state: MapState, twin: MapObject) -> Diagnostic:
     )
 
 
+def _is_spare(state: MapState, twin: MapObject) -> bool:
+    """Whether the map is of a tool that runs programs, and had no use for this map in them.
+
+    Its twin is another live process's then. Who only holds a map has it to read or write there.
+    """
+    mine, others = {*state.map.pids}, {*twin.pids}
+    return bool(others) and not mine & others and any(
+        mine & {*program.pids} and state.survey.standing(program.id) is Standing.ATTACHED
+        for program in state.objects.programs.values()
+    )  # fmt: skip
+
+
 def _why_two(state: MapState, twin: MapObject) -> str:
     """What explains that there are two, as the end of a sentence."""
     one = state.map
@@ -419,6 +431,11 @@ def _why_two(state: MapState, twin: MapObject) -> str:
     elif {user.btf_id for user in mine} & {user.btf_id for user in theirs} - {0}:
         words = "; both are of one load"
     return words
+
+
+def _is_generation(state: MapState) -> bool:
+    """Whether a map was filled once, to be switched to as a whole: nobody puts a new key there."""
+    return state.map.frozen and _switched(state, state.map_id)
 
 
 def _switched(state: MapState, map_id: int) -> bool:
@@ -544,7 +561,7 @@ def _of_its_readers(state: MapState) -> Iterator[Diagnostic]:
         )
     if one.frozen:
         yield Diagnostic(
-            "risk" if _is_constants(one) else "cause",
+            "risk" if _is_constants(one) or _is_generation(state) else "cause",
             "It is frozen: user space cannot write to it, and programs may have its values "
             "compiled in.",
             "Set it before the program is loaded, or keep what changes in an ordinary map.",
@@ -589,7 +606,8 @@ def _of_nowhere(state: MapState, users: list[ProgramObject]) -> Diagnostic:
             "other programs of this load run, so that their process may have switched this off, "
             "or calls it by BPF_PROG_RUN."
             if chosen
-            else "no packet, call or event leads to a program that uses this map."
+            else "no packet, call or event leads to a program that uses this map, unless a process "
+            "calls it by BPF_PROG_RUN."
         ),
         f"Attach it again ({_held(state, users[0])}), and look who took it away: an agent that "
         "starts, or a device that was made anew.",
@@ -644,11 +662,11 @@ def _of_its_room(state: MapState) -> Iterator[Diagnostic]:
             "lru-eviction",
             usual=share < _ALMOST_FULL and not _is_small(one),
         )
-    elif one.kind in _BOUNDED and share >= _ALMOST_FULL:
+    elif one.kind in _BOUNDED and share >= _ALMOST_FULL and one.max_entries > 1:
         error = "ENOSPC" if one.kind == "lpm_trie" else "E2BIG"
         left = one.max_entries - (entries or 0)
         yield Diagnostic(
-            "cause" if left <= 0 else "risk",
+            "cause" if left <= 0 and not _is_generation(state) else "risk",
             f"It is full ({full}): a new key is answered {error} and is not stored."
             if left <= 0
             else f"It is almost full: {full}, room for {left:,} more; after them a new key is "
@@ -717,7 +735,11 @@ def _of_its_values(state: MapState) -> Iterator[Diagnostic]:
             values = state.snapshot.values
             slots = content.bytes_of(values).reshape(len(values), values.shape[1], -1)
             differ = int((slots != slots[:, :1]).any(axis=(1, 2)).sum())
-            unlike = f" They are not alike in {differ:,} of {len(values):,} entries."
+            unlike = (
+                f" They are not alike in {differ:,} of {len(values):,} entries."
+                if differ
+                else f" They are alike in all {len(values):,} entries."
+            )
         slot = -(-one.value_size // 8) * 8
         if one.value_size % 8:
             yield Diagnostic(
@@ -874,16 +896,20 @@ def _extent(state: MapState) -> Iterator[str]:
 
 def titled(title: str, words: str) -> str:
     """Words behind a title, such as ``checked``, for a terminal."""
-    return textwrap.fill(words, _WIDTH, initial_indent=f"  {title:7}  ", subsequent_indent=" " * 11)
+    return _filled(words, f"  {title:7}  ")
 
 
 def paragraph(diagnostic: Diagnostic) -> str:
-    """A diagnostic for a terminal."""
-    shown = f" (python -m labkit run {diagnostic.experiment})" if diagnostic.experiment else ""
-    return "\n".join(
-        textwrap.fill(words, _WIDTH, initial_indent=first, subsequent_indent=" " * 9)
-        for first, words in (
-            (f"  {diagnostic.weight:5}  ", diagnostic.says),
-            (" " * 9, diagnostic.do + shown),
-        )
-    )
+    """A diagnostic for a terminal; the command that shows it can be pasted as it stands."""
+    margin = " " * 9
+    lines = [_filled(diagnostic.says, f"  {diagnostic.weight:5}  "), _filled(diagnostic.do, margin)]
+    if diagnostic.experiment:
+        lines.append(f"{margin}shown by  python -m labkit run {diagnostic.experiment}")
+    return "\n".join(lines)
+
+
+def _filled(words: str, first: str) -> str:
+    return textwrap.fill(
+        words, _WIDTH, initial_indent=first, subsequent_indent=" " * len(first),
+        break_on_hyphens=False, break_long_words=False,
+    )  # fmt: skip

@@ -250,6 +250,34 @@ def test_of_many_twins_the_nearest_are_shown_and_the_rest_counted() -> None:
     assert "394 more maps have this name" in found.says
 
 
+def test_a_map_for_which_a_tool_had_no_use_is_no_second_load() -> None:
+    """As bpftrace's `printf` and bcc's `start`, which are there whether a script needs them."""
+    own = replace(program(8), pids=(44,))
+    users = (program(7, 2), own)
+    spare, used = made(1, pids=(44,)), made(2, pids=(55,))
+    assert of_twins(spare, used, *users, survey=running(at(7), at(8))).weight == "risk"
+    # Who runs nothing, or stands beside a load that nobody keeps, has the wrong map.
+    idle = running(at(7), nowhere=(8,))
+    assert of_twins(spare, used, *users, survey=idle).weight == "cause"
+    left = replace(used, pids=())
+    assert of_twins(spare, left, *users, survey=running(at(7), at(8))).weight == "cause"
+
+
+def test_a_generation_of_a_map_of_maps_is_frozen_and_full_by_design() -> None:
+    one = made(1, kind="hash", frozen=True)
+    outer = made(5, "outer", kind="array_of_maps", map_ids=(1,))
+    users = (program(7, 5),)
+    found = said(facts(one, outer, programs=users, keys=4))
+    assert found["rodata-folded"] == found["ignored-answers"] == "risk"
+    alone = said(facts(one, programs=(program(7, 1),), keys=4))
+    assert alone["rodata-folded"] == alone["ignored-answers"] == "cause"
+
+
+def test_a_table_of_one_entry_is_full_by_design() -> None:
+    one = made(1, kind="hash", max_entries=1)
+    assert "ignored-answers" not in said(facts(one, programs=(program(7, 1),), keys=1))
+
+
 def test_somebody_holds_an_old_map_that_no_program_reads() -> None:
     old = made(1, pids=(44,))
     assert said(facts(made(2), old, programs=(program(7, 2),))) == {"cached-handle": "cause"}
