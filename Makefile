@@ -63,8 +63,8 @@ mutation: setup ## spoil the recorded runs: every statement must turn; exit stat
 soak: setup ## the quick experiments again and again, quiet and under load; may be stopped and continued
 	@$(ENTER) $(PYTHON) -m labkit soak
 
-diagnose: setup ## MAP=id, pin or name: why somebody may see old values of a map of yours
-	@$(ENTER) $(PYTHON) -m labkit diagnose "$$MAP"
+diagnose: setup ## why somebody may see old values of a map: MAP=id, pin or name; without it, all maps
+	@$(ENTER) $(PYTHON) -m labkit diagnose $${MAP:+"$$MAP"}
 
 watch: setup ## MAP=id, pin or name: show the changes of a map of yours as they are made
 	@$(ENTER) $(PYTHON) -m labkit watch "$$MAP"

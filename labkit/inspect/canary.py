@@ -640,4 +640,6 @@ def _parsed(key: str) -> Any:
 
 
 def _ms(age: float) -> str:
-    return f"{age:.3g} ms" if age < math.inf else "never"
+    if age == math.inf:
+        return "never"
+    return f"{age:,.0f} ms" if age >= 100 else f"{age:.3g} ms"

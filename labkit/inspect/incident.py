@@ -39,7 +39,8 @@ def incident(
 ) -> None:
     """Put all that may explain a stale map into one file, for somebody on another machine.
 
-    Keys and values of the maps that are named are part of it; those of a whole machine are not.
+    Keys and values of the maps that are named are part of it; of a whole machine only the few that
+    a remark shows.
 
     Parameters
     ----------

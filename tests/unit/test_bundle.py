@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from labkit.errors import BadInput, LabError
 from labkit.inspect import bundle
 from labkit.inspect.bundle import FORMAT, SHAPES
+from labkit.runs import RECORDED
 
 DOCUMENTS: dict[str, Any] = {
     "incident": {"format": FORMAT, "made_at": "then", "labkit": "1", "asked": ["7 policy"]},
@@ -71,6 +72,11 @@ def test_what_was_written_comes_back(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
     with tarfile.open(path) as plain:  # any tool reads it
         assert plain.getnames() == [f"{name}.json" for name in SHAPES]
+
+
+def test_the_recorded_one_is_read_by_this_version() -> None:
+    found = bundle.read(str(RECORDED.parent / "incident.tar.gz"))
+    assert found.diagnosis["has_cause"] and found.watch["refused"] and "EEXIST" in str(found)
 
 
 def test_what_could_not_be_watched_is_said() -> None:
