@@ -69,8 +69,8 @@ soak: setup ## the quick experiments again and again, quiet and under load; may 
 soak-follow: setup ## followers and a watch at 2 x 100,000 changes/s for 30 minutes: accounts exact, memory flat
 	@$(ENTER) $(PYTHON) -m labkit soak-follow --profile full
 
-diagnose: setup ## MAP=id, pin or name: why somebody may see old values of a map of yours
-	@$(ENTER) $(PYTHON) -m labkit diagnose "$$MAP"
+diagnose: setup ## why somebody may see old values of a map: MAP=id, pin or name; without it, all maps
+	@$(ENTER) $(PYTHON) -m labkit diagnose $${MAP:+"$$MAP"}
 
 watch: setup ## MAP=id, pin or name: show the changes of a map of yours as they are made
 	@$(ENTER) $(PYTHON) -m labkit watch "$$MAP"

@@ -269,14 +269,40 @@ def _bench(chosen: argparse.Namespace) -> int:
 
 
 def _diagnose(chosen: argparse.Namespace) -> int:
+    from labkit.inspect import machine, prometheus
     from labkit.inspect.diagnose import diagnose
+    from labkit.inspect.whole_file import require_writable
 
-    found = diagnose(chosen.map)
-    if chosen.json:
-        print(json.dumps([one.as_json() for one in found], indent=1))
+    if chosen.prometheus is not None:
+        require_writable(chosen.prometheus)
+    if chosen.map is None:
+        seen = machine.diagnose_machine()
+        print(json.dumps(seen.as_json(), indent=1) if chosen.json else seen)
     else:
-        print("\n\n".join(map(str, found)))
-    return CAUSE_FOUND if any(one.has_cause for one in found) else 0
+        found = diagnose(chosen.map)
+        seen = machine.Machine(tuple(map(machine.Finding.of, found)))
+        if chosen.json:
+            print(json.dumps([one.as_json() for one in found], indent=1))
+        else:
+            print("\n\n".join(map(str, found)))
+    if chosen.prometheus is not None:
+        prometheus.write(chosen.prometheus, seen.as_metrics(chosen.map or ""))
+    return CAUSE_FOUND if seen.has_cause else 0
+
+
+def _incident(chosen: argparse.Namespace) -> int:
+    if chosen.read:
+        from labkit.inspect import bundle
+
+        print(bundle.read(chosen.file))
+        return 0
+    from labkit.inspect.incident import incident
+
+    line = _Line()
+    incident(chosen.file, chosen.map, seconds=chosen.seconds, say=line.show)
+    line.clear()
+    print(f"The incident is in {chosen.file}: labkit incident --read shows it, on any machine.")
+    return 0
 
 
 def _watch(chosen: argparse.Namespace) -> int:
@@ -520,8 +546,23 @@ def _parser() -> argparse.ArgumentParser:
         "diagnose", _diagnose,
         "why somebody may see old values of a map of yours; 1: a cause was found",
     )  # fmt: skip
-    diagnosis.add_argument("map", metavar="MAP", help="id, path of a pin, or name")
+    diagnosis.add_argument("map", metavar="MAP", nargs="?",
+                           help="id, path of a pin, or name; none: the whole machine")  # fmt: skip
     diagnosis.add_argument("--json", action="store_true", help="for scripts")
+    diagnosis.add_argument("--prometheus", metavar="FILE",
+                           help="text for node_exporter's textfile collector")  # fmt: skip
+
+    report_of = add(
+        "incident", _incident,
+        "put objects, diagnosis, a watch and doctor's answers into one file, or show such a file",
+    )  # fmt: skip
+    report_of.add_argument("file", metavar="FILE", help="such as incident.tar.gz; replaced")
+    report_of.add_argument("map", nargs="*", metavar="MAP",
+                           help="id, path of a pin, or name; none: the whole machine")  # fmt: skip
+    report_of.add_argument("--seconds", type=_seconds, default=10.0, metavar="S",
+                           help="how long to watch (10)")  # fmt: skip
+    report_of.add_argument("--read", action="store_true",
+                           help="show what stands in FILE; needs neither root nor BPF")  # fmt: skip
 
     watch = add("watch", _watch, "show the changes of a map of yours as they are made, by anybody")
     watch.add_argument("map", nargs="*", metavar="MAP", help="id, path of a pin, or name")

@@ -34,6 +34,7 @@ from labkit.errors import BadInput, LabError, Unavailable
 from labkit.inspect import prometheus
 from labkit.inspect.diagnose import map_ids
 from labkit.inspect.prometheus import Metric
+from labkit.inspect.whole_file import require_writable
 from labkit.kernel import objects, programs
 from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapKind, ProgramKind
@@ -607,7 +608,7 @@ def show(
         As `canary`, or the file cannot be written.
     """
     if prometheus_file is not None:
-        prometheus.require_writable(prometheus_file)
+        require_writable(prometheus_file)
     seen = canary(
         which,
         command,
@@ -639,4 +640,6 @@ def _parsed(key: str) -> Any:
 
 
 def _ms(age: float) -> str:
-    return f"{age:.3g} ms" if age < math.inf else "never"
+    if age == math.inf:
+        return "never"
+    return f"{age:,.0f} ms" if age >= 100 else f"{age:.3g} ms"

@@ -17,7 +17,7 @@ import functools
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -36,6 +36,7 @@ MOST_SECONDS: Final = 2.0
 """All programs of a map together are followed for so long."""
 
 _SHOWN: Final = 3
+_MOST_LISTED: Final = 6
 _NO_DELETE: Final = {"array", "percpu_array"}
 _SHARED: Final = {"hash", "array", "lru_hash", "lpm_trie"}
 
@@ -144,22 +145,28 @@ class Code:
         return f"instruction {at}{source}"
 
 
-def look(users: list[ProgramObject], maps: Mapping[int, MapObject]) -> list[Code]:
+def look(
+    users: Iterable[ProgramObject],
+    maps: Mapping[int, MapObject],
+    most_seconds: float = MOST_SECONDS,
+) -> list[Code]:
     """Follow programs as far as the kernel shows their instructions.
 
     Parameters
     ----------
-    users : list of ProgramObject
+    users : iterable of ProgramObject
         The programs.
     maps : mapping from int to MapObject
         All maps, by id.
+    most_seconds : float
+        For all of them together; what was found of a program is kept.
 
     Returns
     -------
     list of Code
         In the same order.
     """
-    deadline = time.monotonic() + MOST_SECONDS
+    deadline = time.monotonic() + most_seconds
     return [_look(one, maps, deadline) for one in users]
 
 
@@ -724,7 +731,7 @@ def unseen(codes: Sequence[Code]) -> list[str]:
     """What could not be looked at of the programs, in words."""
     found = []
     if left := [code.program.id for code in codes if not code.followed]:
-        found.append(f"the instructions of program {listed(left)}")
+        found.append(f"the instructions of program {listed(left, _MOST_LISTED)}")
     if any(code.followed and not code.named for code in codes):
         found.append(
             "which functions the programs call: /proc/kallsyms has no addresses for this user"

@@ -40,6 +40,10 @@ _ARRAYS: Final = {"array", "percpu_array"}
 _READ: Final = _HASHES | _LRU | _ARRAYS | {"lpm_trie"}
 _BOUNDED: Final = _HASHES | {"lpm_trie", "sockhash", "devmap_hash"}
 _STREAMS: Final = {"ringbuf", "user_ringbuf", "perf_event_array", "queue", "stack"}
+_SHOWN_BY: Final = {
+    "ringbuf": "ring-buffer-facts", "user_ringbuf": "ring-buffer-facts",
+    "perf_event_array": "perf-array-lookup",
+}  # fmt: skip
 _PER_CPU: Final = {kind.name.lower() for kind in PER_CPU}
 _ALMOST_FULL: Final = 0.9
 _CPU_STOCK: Final = 128  # free elements that a CPU takes at once: kernel/bpf/bpf_lru_list.c
@@ -134,7 +138,7 @@ class Diagnosis:
 
     def __str__(self) -> str:
         """The map, who holds and uses it, and the diagnostics, for a terminal."""
-        remarks = [_paragraph(one) for one in self.diagnostics]
+        remarks = [paragraph(one) for one in self.diagnostics]
         return "\n".join([*_heading(self.state), *remarks, *_extent(self.state)])
 
     def as_json(self) -> dict[str, Any]:
@@ -194,10 +198,35 @@ def diagnose(which: str) -> list[Diagnosis]:
             f"name one by its id, such as {wanted[-1]}, the newest."
         )
     where = attachments.survey(now)
-    return [
-        Diagnosis(state, tuple(sorted(diagnostics(state), key=lambda one: one.weight)))
-        for state in (_read(map_id, now, where) for map_id in wanted)
-    ]
+    return [examine(map_id, now, where) for map_id in wanted]
+
+
+def examine(
+    map_id: int, now: Objects, where: Survey, most_entries: int = content.MOST_ENTRIES,
+    most_seconds: float = content.MOST_SECONDS,
+) -> Diagnosis:  # fmt: skip
+    """Look at one of the maps of a moment.
+
+    Parameters
+    ----------
+    map_id : int
+        The map.
+    now : Objects
+        All objects of that moment.
+    where : Survey
+        Where the programs run.
+    most_entries : int
+        So many of its entries are read; those behind them are counted.
+    most_seconds : float
+        Bound, in seconds, of each of: its entries, what else stands in it, its programs.
+
+    Raises
+    ------
+    MapError
+        The kernel refuses to show the map, or it has gone since.
+    """
+    state = _read(map_id, now, where, most_entries, most_seconds)
+    return Diagnosis(state, tuple(sorted(diagnostics(state), key=lambda one: one.weight)))
 
 
 def map_ids(which: str, now: Objects) -> list[int]:
@@ -229,7 +258,9 @@ def map_ids(which: str, now: Objects) -> list[int]:
     return found
 
 
-def _read(map_id: int, now: Objects, where: Survey) -> MapState:
+def _read(
+    map_id: int, now: Objects, where: Survey, most_entries: int, most_seconds: float
+) -> MapState:
     one = now.maps[map_id]
     emptied = one.kind == "prog_array" and not (one.program_ids or one.pins)
     if emptied and one.pids:
@@ -245,13 +276,14 @@ def _read(map_id: int, now: Objects, where: Survey) -> MapState:
         # boot: see `labkit.kernel.objects.snapshot`.
         users = state.users(map_id)
         inside = Inside(taken=0, owner=users[0].kind if users else "")
-        return replace(state, inside=inside, codes=tuple(code.look(users, now.maps)))
+        codes = tuple(code.look(users, now.maps, most_seconds))
+        return replace(state, inside=inside, codes=codes)
     with Map.from_id(map_id) as opened:
         info = libbpf.map_info(opened.fd)
         found, refused = None, ""
-        if one.kind in _READ:
+        if one.kind in _READ and content.readable(opened):
             try:
-                found = content.read(opened)
+                found = content.read(opened, most_entries, most_seconds)
             except MapError as error:
                 refused = libbpf.error_name(error.errno or 0)
         state = MapState(
@@ -262,13 +294,13 @@ def _read(map_id: int, now: Objects, where: Survey) -> MapState:
             locked=btf.has_member_of(info.btf_id, info.btf_value_type_id, "bpf_spin_lock"),
             snapshot=found.snapshot if found else None,
             content=found,
-            inside=kinds.look(opened),
+            inside=kinds.look(opened, most_seconds),
             key_fields=btf.fields_of(info.btf_id, info.btf_key_type_id),
             pinned=tuple(pinned.look(one.pins)),
             refused=refused,
             survey=where,
         )
-    return replace(state, codes=tuple(code.look(state.users(map_id), now.maps)))
+    return replace(state, codes=tuple(code.look(state.users(map_id), now.maps, most_seconds)))
 
 
 # -- judging -----------------------------------------------------------------------------
@@ -337,14 +369,16 @@ def _of_a_twin(state: MapState, twin: MapObject) -> Diagnostic:
     same_path = "Pin the map and let every load use that pin again, and open it by pin or id."
     apart = bool(one.pids and twin.pids) and not {*one.pids} & {*twin.pids}
 
-    if theirs and mine is None and not _switched(state, twin.id):
+    written = bool(state.objects.holders(one)) and not _is_spare(state, twin)
+    if theirs and mine is None and written and not _switched(state, twin.id):
         return Diagnostic(
             "risk" if theirs is Standing.NOWHERE else "cause",
             f"{used}; no program refers to this one, so that none reads what is written here.",
             f"Write to map {twin.id}, or replace its programs by those of this load. {same_path}",
             "second-map-after-reload",
         )
-    if theirs is Standing.ATTACHED and mine is Standing.NOWHERE:
+    kinds_of = [{user.kind for user in state.users(each)} for each in (one.id, twin.id)]
+    if theirs is Standing.ATTACHED and mine is Standing.NOWHERE and kinds_of[0] & kinds_of[1]:
         return Diagnostic(
             "cause",
             f"{used}, while {_used(state, one.id)}: what is written here reaches no program that "
@@ -380,6 +414,18 @@ def _of_a_twin(state: MapState, twin: MapObject) -> Diagnostic:
     )
 
 
+def _is_spare(state: MapState, twin: MapObject) -> bool:
+    """Whether the map is of a tool that runs programs, and had no use for this map in them.
+
+    Its twin is another live process's then. Who only holds a map has it to read or write there.
+    """
+    mine, others = {*state.map.pids}, {*twin.pids}
+    return bool(others) and not mine & others and any(
+        mine & {*program.pids} and state.survey.standing(program.id) is Standing.ATTACHED
+        for program in state.objects.programs.values()
+    )  # fmt: skip
+
+
 def _why_two(state: MapState, twin: MapObject) -> str:
     """What explains that there are two, as the end of a sentence."""
     one = state.map
@@ -390,7 +436,16 @@ def _why_two(state: MapState, twin: MapObject) -> str:
         words = f"; program {both[0]} uses both of them"
     elif {user.btf_id for user in mine} & {user.btf_id for user in theirs} - {0}:
         words = "; both are of one load"
+    apart = {*state.outer(twin.id)} - {*state.outer(one.id)}
+    if apart:
+        words += f"; it stands in the map of maps {_listed(sorted(apart), _MOST_LISTED)}, this one"
+        words += " does not"
     return words
+
+
+def _is_generation(state: MapState) -> bool:
+    """Whether a map was filled once, to be switched to as a whole: nobody puts a new key there."""
+    return state.map.frozen and _switched(state, state.map_id)
 
 
 def _switched(state: MapState, map_id: int) -> bool:
@@ -457,9 +512,8 @@ def _held(state: MapState, one: MapObject | ProgramObject) -> str:
     holders = state.objects.holders(one)
     if not holders:
         return "held by no process and no pin"
-    more = [f"{len(holders) - _MOST_LISTED} more"] if holders[_MOST_LISTED:] else []
     far = any(pinned.process_behind(pin) for pin in one.pins)
-    return f"held by {_listed(holders[:_MOST_LISTED] + more)}" + (
+    return f"held by {_listed(holders, _MOST_LISTED)}" + (
         " (in another mount namespace)" if far else ""
     )
 
@@ -505,6 +559,15 @@ def _of_its_readers(state: MapState) -> Iterator[Diagnostic]:
             "of containers.",
             "second-map-after-reload",
         )
+    places = [at for user in users for at in state.survey.of(user.id)]
+    if places and all(at.idle for at in places):
+        yield Diagnostic(
+            "risk",
+            f"Nothing gets to a program that uses it as things stand: {places[0]}"
+            + (f", and likewise at {len(places) - 1:,} more places." if places[1:] else "."),
+            "Set the device up or put a process into the cgroup, or attach the program where the "
+            "traffic is.",
+        )
     if outer:
         yield Diagnostic(
             "risk",
@@ -513,14 +576,16 @@ def _of_its_readers(state: MapState) -> Iterator[Diagnostic]:
             "Fill a new map for each generation, and wait for sleepable programs before an old one "
             "is filled again.",
             "switch-cost",
+            usual=True,
         )
     if one.frozen:
         yield Diagnostic(
-            "risk" if _is_constants(one) else "cause",
+            "risk" if _is_constants(one) or _is_generation(state) else "cause",
             "It is frozen: user space cannot write to it, and programs may have its values "
             "compiled in.",
             "Set it before the program is loaded, or keep what changes in an ordinary map.",
             "rodata-folded",
+            usual=_is_constants(one),
         )
     if one.flags & MapFlag.MMAPABLE:
         yield Diagnostic(
@@ -530,6 +595,7 @@ def _of_its_readers(state: MapState) -> Iterator[Diagnostic]:
             "Store the data before the flag that announces it, with release and acquire where the "
             "CPU is weakly ordered.",
             "mmap-msync",
+            usual=True,
         )
 
 
@@ -559,7 +625,8 @@ def _of_nowhere(state: MapState, users: list[ProgramObject]) -> Diagnostic:
             "other programs of this load run, so that their process may have switched this off, "
             "or calls it by BPF_PROG_RUN."
             if chosen
-            else "no packet, call or event leads to a program that uses this map."
+            else "no packet, call or event leads to a program that uses this map, unless a process "
+            "calls it by BPF_PROG_RUN."
         ),
         f"Attach it again ({_held(state, users[0])}), and look who took it away: an agent that "
         "starts, or a device that was made anew.",
@@ -571,6 +638,8 @@ def _of_its_keys(state: MapState) -> Iterator[Diagnostic]:
     if state.snapshot is not None and state.map.kind in _HASHES | _LRU:
         yield from content.left_over_texts(state.snapshot.keys, state.key_fields)
         yield from content.other_byte_order(state.snapshot.keys, state.key_fields)
+    if state.snapshot is not None and state.map.kind == "lpm_trie":
+        yield from content.bits_behind_prefix(state.snapshot.keys)
     gaps = padding(state.key_dtype)
     if not gaps.any() or state.map.kind in _ARRAYS:
         return
@@ -597,6 +666,7 @@ def _of_its_keys(state: MapState) -> Iterator[Diagnostic]:
             "the rest.",
             clear,
             "padded-key",
+            usual=True,
         )
 
 
@@ -611,12 +681,13 @@ def _of_its_room(state: MapState) -> Iterator[Diagnostic]:
             "Take an absent key for unknown, not for denied; give it twice the entries that must "
             "stay, and 128 for each CPU.",
             "lru-eviction",
+            usual=share < _ALMOST_FULL and not _is_small(one),
         )
-    elif one.kind in _BOUNDED and share >= _ALMOST_FULL:
+    elif one.kind in _BOUNDED and share >= _ALMOST_FULL and one.max_entries > 1:
         error = "ENOSPC" if one.kind == "lpm_trie" else "E2BIG"
         left = one.max_entries - (entries or 0)
         yield Diagnostic(
-            "cause" if left <= 0 else "risk",
+            "cause" if left <= 0 and not _is_generation(state) else "risk",
             f"It is full ({full}): a new key is answered {error} and is not stored."
             if left <= 0
             else f"It is almost full: {full}, room for {left:,} more; after them a new key is "
@@ -631,6 +702,7 @@ def _of_its_room(state: MapState) -> Iterator[Diagnostic]:
             "bursts with interrupts off.",
             "Heed the answer of each update, or preallocate.",
             "no-prealloc",
+            usual=True,
         )
 
 
@@ -642,13 +714,19 @@ def _of_evictions(state: MapState, full: str, share: float) -> str:
     else:
         words = "It is an LRU map: near its end it evicts keys that nobody deleted"
         words += ", and with lists for each CPU already at a CPU's share." if apart else "."
-    if not apart and one.max_entries < _CPU_STOCK * cpus:
+    if _is_small(one):
         words += (
             f" It is small, {one.max_entries:,} entries for {cpus} possible CPUs: each CPU keeps a "
             f"stock of free entries for itself, up to {_CPU_STOCK}, and one whose stock is used up "
             "evicts before the map is full."
         )
     return words
+
+
+def _is_small(one: MapObject) -> bool:
+    """Whether the stocks of the CPUs alone may hold all entries of an LRU map."""
+    common = not one.flags & MapFlag.NO_COMMON_LRU
+    return common and one.max_entries < _CPU_STOCK * libbpf.possible_cpus()
 
 
 def _of_its_values(state: MapState) -> Iterator[Diagnostic]:
@@ -662,6 +740,7 @@ def _of_its_values(state: MapState) -> Iterator[Diagnostic]:
             "The value has a bpf_spin_lock, which a plain update or lookup passes by.",
             "Update and look up with BPF_F_LOCK.",
             "torn-reads",
+            usual=True,
         )
     elif one.value_size > 8 and one.kind in _HASHES | _LRU | _ARRAYS:
         yield Diagnostic(
@@ -669,6 +748,7 @@ def _of_its_values(state: MapState) -> Iterator[Diagnostic]:
             f"A value of {one.value_size:,} bytes can be read half old and half new.",
             "Put a bpf_spin_lock into it and use BPF_F_LOCK, or a checksum, or switch a whole map.",
             "torn-reads",
+            usual=True,
         )
     if one.kind in _PER_CPU:
         unlike = ""
@@ -676,7 +756,11 @@ def _of_its_values(state: MapState) -> Iterator[Diagnostic]:
             values = state.snapshot.values
             slots = content.bytes_of(values).reshape(len(values), values.shape[1], -1)
             differ = int((slots != slots[:, :1]).any(axis=(1, 2)).sum())
-            unlike = f" They are not alike in {differ:,} of {len(values):,} entries."
+            unlike = (
+                f" They are not alike in {differ:,} of {len(values):,} entries."
+                if differ
+                else f" They are alike in all {len(values):,} entries."
+            )
         slot = -(-one.value_size // 8) * 8
         if one.value_size % 8:
             yield Diagnostic(
@@ -687,6 +771,7 @@ def _of_its_values(state: MapState) -> Iterator[Diagnostic]:
                 f"Give bpf(2) {slot} bytes for each possible CPU, {slot * libbpf.possible_cpus()} "
                 "here.",
                 "per-cpu-stride",
+                usual=True,
             )
         yield Diagnostic(
             "risk",
@@ -694,6 +779,7 @@ def _of_its_values(state: MapState) -> Iterator[Diagnostic]:
             f"bpf(2) writes all of them.{unlike}",
             "Read all slots and combine them, and write from one side only.",
             "per-cpu-slot",
+            usual=True,
         )
 
 
@@ -706,6 +792,7 @@ def _of_its_kind(state: MapState) -> Iterator[Diagnostic]:
             "absent, and an iteration may skip it.",
             "Look again once before you believe that a key is absent; read the map by batch.",
             "transient-null",
+            usual=True,
         )
     elif kind in _STREAMS:
         yield Diagnostic(
@@ -713,7 +800,8 @@ def _of_its_kind(state: MapState) -> Iterator[Diagnostic]:
             "It is a stream: it has no values that could be looked up, and loses what finds no "
             "room.",
             "Consume it, and count in the producer what was dropped.",
-            "ring-buffer-facts" if "ringbuf" in kind else "perf-array-lookup",
+            _SHOWN_BY.get(kind, ""),
+            usual=True,
         )
 
 
@@ -766,6 +854,8 @@ def unseen(state: MapState) -> list[str]:
     one, found = state.map, []
     if state.refused:
         found.append(f"its entries: the kernel answered {state.refused}")
+    elif one.kind in _READ and state.content is None:
+        found.append(f"its entries: a value has {one.value_size:,} bytes, too many to be read")
     if state.content is not None:
         if not state.content.whole:
             found.append("what lies behind the entries that were counted: time was up")
@@ -822,18 +912,25 @@ def _room(state: MapState) -> str:
 def _extent(state: MapState) -> Iterator[str]:
     for title, words in (("checked", checked(state)), ("unseen", unseen(state))):
         if words:
-            yield textwrap.fill(
-                "; ".join(words) + ".", _WIDTH, initial_indent=f"  {title:7}  ",
-                subsequent_indent=" " * 11,
-            )  # fmt: skip
+            yield titled(title, "; ".join(words) + ".")
 
 
-def _paragraph(diagnostic: Diagnostic) -> str:
-    shown = f" (python -m labkit run {diagnostic.experiment})" if diagnostic.experiment else ""
-    return "\n".join(
-        textwrap.fill(words, _WIDTH, initial_indent=first, subsequent_indent=" " * 9)
-        for first, words in (
-            (f"  {diagnostic.weight:5}  ", diagnostic.says),
-            (" " * 9, diagnostic.do + shown),
-        )
-    )
+def titled(title: str, words: str) -> str:
+    """Words behind a title, such as ``checked``, for a terminal."""
+    return _filled(words, f"  {title:7}  ")
+
+
+def paragraph(diagnostic: Diagnostic) -> str:
+    """A diagnostic for a terminal; the command that shows it can be pasted as it stands."""
+    margin = " " * 9
+    lines = [_filled(diagnostic.says, f"  {diagnostic.weight:5}  "), _filled(diagnostic.do, margin)]
+    if diagnostic.experiment:
+        lines.append(f"{margin}shown by  python -m labkit run {diagnostic.experiment}")
+    return "\n".join(lines)
+
+
+def _filled(words: str, first: str) -> str:
+    return textwrap.fill(
+        words, _WIDTH, initial_indent=first, subsequent_indent=" " * len(first),
+        break_on_hyphens=False, break_long_words=False,
+    )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,15 +21,20 @@ class Diagnostic:
         What is so, and what to do about it.
     experiment : str
         Id of the experiment that shows it; empty where the lab has none.
+    usual : bool
+        Every map of this kind and layout has it: it says nothing of how this one fares.
     """
 
     weight: Literal["cause", "risk"]
     says: str
     do: str
     experiment: str = ""
+    usual: bool = False
 
 
-def listed(items: list[Any]) -> str:
-    """Join words as a sentence does: ``1, 2 and 3``."""
-    words = [str(item) for item in items]
+def listed(items: Sequence[Any], most: int = sys.maxsize) -> str:
+    """Join words as a sentence does: ``1, 2 and 3``; those behind ``most`` are counted."""
+    words = [str(item) for item in items[:most]]
+    if more := len(items) - len(words):
+        words.append(f"{more:,} more")
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -25,10 +25,12 @@ from labkit.kernel.maps import Map, map_error
 from labkit.kernel.objects import MapObject, Objects
 from labkit.kernel.ringbuf import BUSY, DISCARDED, slot_bytes
 
+MOST_SECONDS: Final = 2.0
+"""A look at the elements of a map ends after that time."""
+
 LOOKED_AGAIN_AFTER_S: Final = 0.2
 """Pause between the two looks at a ring's positions, seconds."""
 
-_MOST_SECONDS: Final = 2.0
 _MOST_RECORDS: Final = 4096
 _SHOWN: Final = 8
 _PRESERVE_ELEMENTS, _OVERWRITE = 1 << 11, 1 << 19  # BPF_F_PRESERVE_ELEMS, BPF_F_RB_OVERWRITE
@@ -146,13 +148,15 @@ NOTHING: Final = Inside()
 """Nothing was seen: of the plain tables, and of types that show nothing."""
 
 
-def look(table: Map) -> Inside:
+def look(table: Map, most_seconds: float = MOST_SECONDS) -> Inside:
     """Look into a map, and change nothing.
 
     Parameters
     ----------
     table : Map
         Of any type.
+    most_seconds : float
+        When to end, wherever it is.
 
     Returns
     -------
@@ -165,7 +169,7 @@ def look(table: Map) -> Inside:
             ring = _ring(table)
             return Inside(taken=ring.unread[1], ring=ring)
         if kind in _BY_LOOKUP | _BY_KEY:
-            inside = _elements(table, by_lookup=kind in _BY_LOOKUP)
+            inside = _elements(table, most_seconds, by_lookup=kind in _BY_LOOKUP)
             if kind == "prog_array":
                 return replace(inside, owner=_owner(table.fd))
             return replace(inside, devices=_names(inside)) if kind in _DEVICES else inside
@@ -205,8 +209,8 @@ def _has_descriptor(pid: int, line: re.Pattern[bytes]) -> bool:
     return False
 
 
-def _elements(table: Map, *, by_lookup: bool) -> Inside:
-    lib, deadline = libbpf.api(), time.monotonic() + _MOST_SECONDS
+def _elements(table: Map, most_seconds: float, *, by_lookup: bool) -> Inside:
+    lib, deadline = libbpf.api(), time.monotonic() + most_seconds
     key, following = (create_string_buffer(max(table.key_size, 1)) for _ in range(2))
     value = create_string_buffer(max(table.value_size, 8))
     numbers = table.key_size == 4 and by_lookup

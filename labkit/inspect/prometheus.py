@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from labkit.errors import BadInput, LabError
+from labkit.inspect.whole_file import write_whole
 
 
 @dataclass(frozen=True)
@@ -35,22 +31,6 @@ class Metric:
     samples: Sequence[tuple[Mapping[str, str], float]]
 
 
-def require_writable(path: str) -> None:
-    """Refuse a file that could not be written in the end.
-
-    Raises
-    ------
-    BadInput
-        It is a folder, or its folder is missing or closed to this user.
-    """
-    folder = Path(path).parent
-    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise BadInput(
-            f"No file can be written at {path!r}: give one in a folder that is there, and that "
-            "this user may write to."
-        )
-
-
 def write(path: str, metrics: Iterable[Metric]) -> None:
     """Put metrics into a file, whole or not at all; whoever may read files may read it.
 
@@ -66,24 +46,8 @@ def write(path: str, metrics: Iterable[Metric]) -> None:
     LabError
         The file cannot be written.
     """
-    text = "".join(map(_text, metrics))
-    partial = ""
-    try:
-        # The collector passes over names that do not end in .prom.
-        handle, partial = tempfile.mkstemp(prefix=f".{Path(path).name}.", dir=Path(path).parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            os.fchmod(file.fileno(), 0o644)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        partial = ""
-    except OSError as error:
-        raise LabError(f"{path!r} cannot be written: {error.strerror}.") from error
-    finally:
-        if partial:
-            with contextlib.suppress(OSError):
-                os.unlink(partial)
+    # The collector passes over names that do not end in .prom, as that of a partial file.
+    write_whole(path, "".join(map(_text, metrics)).encode(errors="replace"), mode=0o644)
 
 
 def _text(metric: Metric) -> str:

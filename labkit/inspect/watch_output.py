@@ -124,14 +124,14 @@ class Output(Closing):
         """Write events; answers how many."""
         if self._file is not None:
             self._file.add(
-                [{**self._as_dict(one), "time": self._micros(one.at_ns)} for one in events]
+                [{**self.as_dict(one), "time": self._micros(one.at_ns)} for one in events]
             )
         elif self.as_json:
             for one in events:
-                print(json.dumps(self._as_dict(one)))
+                print(json.dumps(self.as_dict(one)))
         else:
             for one in events:
-                print(self._line(one))
+                print(self.line(one))
         if events:
             sys.stdout.flush()
         return len(events)
@@ -166,7 +166,8 @@ class Output(Closing):
             self._names[map_id] = _map_name(map_id)
         return self._names[map_id]
 
-    def _line(self, one: MapEvent) -> str:
+    def line(self, one: MapEvent) -> str:
+        """One event as a line of text."""
         parts = [self._clock(one.at_ns)]
         if self.several:
             parts.append(f"{self._name(one.map_id)} id {one.map_id}")
@@ -210,7 +211,7 @@ class Output(Closing):
         words = self._words[map_id][part]
         return in_words if words is None else lambda item: words(item.tobytes())
 
-    def _as_dict(self, one: MapEvent) -> dict[str, Any]:
+    def as_dict(self, one: MapEvent) -> dict[str, Any]:
         """One event for scripts; names and units as in the line, times in ISO 8601."""
         who = one.writer
         show_key = plain if self.keys == "btf" else lambda item: shown_as(item, self.keys)

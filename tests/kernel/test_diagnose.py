@@ -74,12 +74,13 @@ def test_a_pin_names_a_map(tmp_path: Path) -> None:
 
 @pytest.mark.outside_vm("starts the command anew, and asks nothing else of the kernel")
 def test_the_command_tells_by_its_status_whether_there_is_a_cause() -> None:
-    with policy(max_entries=1) as table:
+    with policy(max_entries=2) as table:
         command = [sys.executable, "-m", "labkit", "diagnose", str(table.id), "--json"]
         before = subprocess.run(command, capture_output=True, text=True, timeout=60)
         table.update(1, 1)
+        table.update(2, 2)
         after = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert (before.returncode, after.returncode) == (0, 1), before.stderr + after.stderr
         (told,) = json.loads(after.stdout)
-        assert told["map"]["name"] == NAME and told["entries"] == 1
+        assert told["map"]["name"] == NAME and told["entries"] == 2
         assert told["diagnostics"][0]["weight"] == "cause"

@@ -14,6 +14,7 @@ from labkit.errors import BadInput, LabError
 from labkit.inspect import prometheus
 from labkit.inspect.canary import Sighting, _parsed, canary
 from labkit.inspect.prometheus import Metric
+from labkit.inspect.whole_file import require_writable
 
 MS = 1_000_000
 
@@ -133,7 +134,7 @@ def test_labels_are_escaped(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     for path in (tmp_path / "none" / "a.prom", tmp_path):
         with pytest.raises(BadInput, match="No file can be written"):
-            prometheus.require_writable(str(path))
+            require_writable(str(path))
     (tmp_path / "folder.prom").mkdir()
     with pytest.raises(LabError, match="cannot be written"):
         prometheus.write(str(tmp_path / "folder.prom"), [])
