@@ -228,6 +228,23 @@ int lab_ring_hand_back(struct ring *ring, u64 bytes)
 	return hand_back(ring, ring->position + bytes);
 }
 
+/* RingReader.each: calls a function for what stands in the ring now; how many records there were. */
+i64 lab_ring_each(struct ring *ring, u64 size, void (*each)(const u8 *record, void *state),
+		  void *state)
+{
+	u64 end = atomic_load_explicit(ring->producer, memory_order_acquire), slot = slot_of(size);
+	i64 some = 0, done = 0;
+
+	while (ring->position < end && (some = lab_ring_ready(ring, size, PIECE / slot + 1)) > 0) {
+		for (i64 i = 0; i < some; i++)
+			each(record_at(ring, ring->position + (u64)i * slot) + HEADER, state);
+		if (lab_ring_hand_back(ring, (u64)some * slot))
+			return -1;
+		done += some;
+	}
+	return some < 0 ? -1 : done;
+}
+
 /* RingReader.read_any. */
 i64 lab_ring_take_any(struct ring *ring, u8 *out, u64 room, struct place *places, u64 most)
 {

@@ -132,6 +132,7 @@ _FUNCTIONS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "lab_ring_take": (c_int64, (POINTER(Ring), c_void_p, c_uint64, c_uint64)),
     "lab_ring_ready": (c_int64, (POINTER(Ring), c_uint64, c_uint64)),
     "lab_ring_hand_back": (c_int, (POINTER(Ring), c_uint64)),
+    "lab_ring_each": (c_int64, (POINTER(Ring), c_uint64, c_void_p, c_void_p)),
     "lab_ring_take_any": (c_int64, (POINTER(Ring), c_void_p, c_uint64, c_void_p, c_uint64)),
     "lab_table_find": (None, (POINTER(Table), c_void_p, c_int64, c_uint64, c_void_p)),
     "lab_table_index": (None, (POINTER(Table), c_uint64)),

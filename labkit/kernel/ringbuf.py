@@ -33,6 +33,7 @@ from labkit.kernel import libbpf, native
 from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map, map_error
+from labkit.kernel.record_handler import RecordHandler
 
 BUSY: Final = 1 << 31
 """Header bit of a record that its producer has reserved but not yet handed over."""
@@ -488,6 +489,36 @@ class RingReader(Closing):
         yield layout.view(consumer.ring.position, ready, self._dtype)
         self.took(ready if consumer.hand_back(ready * layout.slot) == 0 else -1)
 
+    def each(self, handler: RecordHandler) -> int:
+        """Have a compiled function take what is in the ring now; never blocks.
+
+        Parameters
+        ----------
+        handler : RecordHandler
+            Of the reader's dtype (`labkit.kernel.record_handler.record_handler`).
+
+        Returns
+        -------
+        int
+            How many records there were.
+
+        Raises
+        ------
+        BadInput
+            The reader is closed or no native one, the handler is for other records, or the ring
+            holds a record of another size.
+        SharedRing
+            Another consumer, of any process, has read from the ring.
+        """
+        self._check_open()
+        if self._native is None:
+            raise BadInput(f"A handler is called by consumer='native' ({native.state()}).")
+        if handler.dtype != self._dtype:
+            raise BadInput(f"This handler is for records of {handler.dtype}, not {self._dtype}.")
+        taken = self._native.each(handler)
+        self.took(taken)
+        return taken
+
     @property
     def ring(self) -> native.Ring | None:
         """The ring as compiled code reads it, which then says so by `took`; None: it cannot."""
@@ -752,7 +783,7 @@ class _NativeConsumer:
         self._at = ctypes.byref(self.ring)
         self._take, self._take_any = library.lab_ring_take, library.lab_ring_take_any
         self._wait, self._ready = library.lab_ring_wait, library.lab_ring_ready
-        self._hand_back = library.lab_ring_hand_back
+        self._hand_back, self._each = library.lab_ring_hand_back, library.lab_ring_each
 
     def take(self, out: npt.NDArray[Any]) -> int:
         """Fill an array with records of its size; -1: somebody else reads the ring."""
@@ -768,6 +799,11 @@ class _NativeConsumer:
     def ready(self, size: int) -> int:
         """Records of a size that stand ready in a row; -1: somebody else reads the ring."""
         return int(self._ready(self._at, size, _IN_PLACE_BYTES // slot_bytes(size) or 1))
+
+    def each(self, handler: RecordHandler) -> int:
+        """Have a compiled function take what there is; -1: somebody else reads the ring."""
+        size, state = handler.dtype.itemsize, native.address(handler.state)
+        return int(self._each(self._at, size, handler.address, state))
 
     def hand_back(self, size: int) -> int:
         """Give so many bytes back; -1: somebody else reads the ring."""
