@@ -42,10 +42,10 @@ lint: setup ## the checks alone: ruff, mypy, import rules, workflow, notebooks
 lab: setup ## JupyterLab on 127.0.0.1, with a new token
 	@provision/lab.sh
 
-bench-kernel: setup ## the kernel room's figures against their bars; exit status 0 if all hold
+bench-kernel: setup ## the kernel room's figures against their bars; exit status 5 if one falls short
 	@$(ENTER) $(PYTHON) -m labkit bench kernel --profile "$$PROFILE"
 
-bench-sync: setup ## the strategies' own speed against its bars; exit status 0 if all hold
+bench-sync: setup ## the strategies' own speed against its bars; exit status 5 if one falls short
 	@$(ENTER) $(PYTHON) -m labkit bench sync --profile "$$PROFILE"
 
 bench-load: setup ## what each command takes beside 10,000 maps, against its bars; exit status 0 if all hold

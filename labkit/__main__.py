@@ -253,6 +253,7 @@ def _soak(chosen: argparse.Namespace) -> int:
 
 def _bench(chosen: argparse.Namespace) -> int:
     from labkit import runs
+    from labkit.judge.findings import FAILS
     from labkit.lab import bench
     from labkit.lab.measure import RUNS
 
@@ -261,11 +262,9 @@ def _bench(chosen: argparse.Namespace) -> int:
     changed = {name: value for name, value in changed.items() if value is not None}
     run, results, finding = bench.run(chosen.benchmark, chosen.profile, folder, changed)
     print(*results, f"saved as {run.path}", sep="\n")
-    if chosen.record and finding.holds:
+    if chosen.record:
         print(f"recorded as {runs.record(run)}")
-    elif chosen.record:
-        print("not recorded: a bar falls short", file=sys.stderr)
-    return 0 if finding.holds else FALLS_SHORT
+    return FALLS_SHORT if finding.state == FAILS else 0
 
 
 def _diagnose(chosen: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ base_packages=(
     procps iproute2 iputils-ping less vim-tiny ca-certificates
 )
 
-pins() { grep -o '"[^" ]*==[^" ]*"' "$LAB_ROOT/pyproject.toml" | tr -d '"'; }
+pins() { grep -o '"[^" ]*==[^" ]*"' "$LAB_ROOT/pyproject.toml" | tr -d '"' | grep -v '^numba='; }
 
 image_name() {
     cd "$LAB_ROOT"

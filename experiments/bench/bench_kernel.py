@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -20,13 +18,14 @@ import numpy.typing as npt
 import pandas as pd
 
 from experiments.bench import kernel_bars as bars
-from labkit.errors import LabError, TimedOut, Unavailable
+from experiments.bench.peers import Peer, Policy, policies, running
+from labkit.errors import LabError, TimedOut
 from labkit.judge.statistics import percentiles
-from labkit.kernel import compiler, leftovers, probe, programs
+from labkit.kernel import probe, programs
 from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
-from labkit.kernel.parallel import Child, cpus, die_with_parent, shared_array
+from labkit.kernel.parallel import Child, cpus, shared_array
 from labkit.kernel.provenance import provenance, usage, usage_since
 from labkit.kernel.ringbuf import RingReader, slot_bytes, wakeup_constants
 from labkit.lab import bench
@@ -39,20 +38,20 @@ EVENT: Final = np.dtype(
 )
 """``struct event`` of bpf/ring_event.h."""
 
-PEER: Final = compiler.SOURCES / "peers" / "ring_consumer.c"
-
 PROFILES: Final[dict[str, dict[str, Any]]] = {
     "quick": {
         "ring_bytes": 16 << 20, "drains": 7, "live_events": 20_000_000, "lives": 1,
-        "map_entries": 65_536, "map_rounds": 9, "latency_rounds": 3, "latency_s": 0.8,
+        "long_events": 0, "map_entries": 65_536, "map_rounds": 9, "large_entries": 1_000_000,
+        "latency_rounds": 3, "latency_s": 0.3, "rates": [1_000, 10_000, 100_000],
     },
     "full": {
         "ring_bytes": 16 << 20, "drains": 15, "live_events": 20_000_000, "lives": 5,
-        "map_entries": 65_536, "map_rounds": 15, "latency_rounds": 5, "latency_s": 2.0,
+        "long_events": 1_000_000_000, "map_entries": 65_536, "map_rounds": 15,
+        "large_entries": 10_000_000, "latency_rounds": 7, "latency_s": 1.0,
+        "rates": [1_000, 10_000, 100_000, 1_000_000],
     },
 }  # fmt: skip
 
-RATES: Final = (1_000, 10_000, 100_000)
 _BURST: Final = 64
 # Chunks of program runs between two looks at the clock: some 0.1 ms and some 0.2 s.
 _SCHEDULED_RUNS: Final = 2_000
@@ -221,7 +220,6 @@ class ByRingReader(Consumer):
     """Ours: whole records, copied into one array that is used again every time."""
 
     name = "RingReader"
-    adds = False
 
     def __init__(self, ring_bytes: int) -> None:
         super().__init__(ring_bytes)
@@ -233,8 +231,6 @@ class ByRingReader(Consumer):
         """One `RingReader.read` into the array."""
         begun = time.monotonic_ns()
         batch = self._reader.read(self._array)
-        if self.adds:
-            batch["value"].sum()
         ns = time.monotonic_ns() - begun
         return Consumed(len(batch), int(batch["value"].sum()), ns)
 
@@ -262,10 +258,33 @@ class ByRingReader(Consumer):
 
 
 class ByRingReaderAdding(ByRingReader):
-    """Ours, and one field of every record added up within the time."""
+    """Ours, one field of every record added up where it stands in the ring."""
 
     name = "RingReader, adding a field"
-    adds = True
+
+    def drain(self) -> Consumed:
+        """`RingReader.in_place` until nothing is left."""
+        records, total, begun = 0, 0, time.monotonic_ns()
+        while True:
+            with self._reader.in_place() as batch:
+                if not len(batch):
+                    return Consumed(records, total, time.monotonic_ns() - begun)
+                records += len(batch)
+                total += int(batch["value"].sum())
+
+
+class ByRingReaderAny(ByRingReader):
+    """Ours, as records of any size."""
+
+    name = "RingReader, any size"
+
+    def drain(self) -> Consumed:
+        """One `RingReader.read_any`, with room for all that the ring holds."""
+        begun = time.monotonic_ns()
+        data, places = self._reader.read_any(self._array.nbytes, len(self._array))
+        ns = time.monotonic_ns() - begun
+        values = data.view(np.uint64)[places["start"] // 8 + 3]
+        return Consumed(len(places), int(values.sum()), ns)
 
 
 class _Event(ctypes.Structure):
@@ -333,86 +352,30 @@ class ByBccEmpty(ByBcc):
         return took
 
 
-class ByLibbpf(Consumer):
-    """libbpf's C consumer, one line in C for every record, in a process of its own."""
+class ByPeer(Consumer):
+    """Another program's consumer, which adds up a field, or copies each record."""
 
-    name = "libbpf in C"
-
-    def __init__(self, ring_bytes: int, cpu: int) -> None:
+    def __init__(self, ring_bytes: int, peer: Peer, how: str) -> None:
         super().__init__(ring_bytes)
-        program = _compiled(PEER)
-
-        def settle() -> None:
-            die_with_parent()
-            os.sched_setaffinity(0, {cpu})
-
-        try:
-            self._peer = subprocess.Popen(
-                [f"/proc/self/fd/{program}", str(self.ring.id)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                pass_fds=[program],
-                text=True,
-                bufsize=1,
-                preexec_fn=settle,
-            )
-        finally:
-            os.close(program)
-        self._open.callback(self._end)
-
-    def _end(self) -> None:
-        self._peer.kill()
-        self._peer.communicate()
-
-    def _order(self, *words: str) -> None:
-        assert self._peer.stdin is not None
-        self._peer.stdin.write("".join(f"{word}\n" for word in words))
-        self._peer.stdin.flush()
-
-    def _answer(self) -> Consumed:
-        assert self._peer.stdout is not None
-        line = self._peer.stdout.readline()  # the worker's time limit bounds it
-        try:
-            records, total, ns = map(int, line.split())
-        except ValueError:
-            raise LabError(f"The C consumer ended and said {line!r}.") from None
-        return Consumed(records, total, ns)
+        self.name = f"{peer.name}, {how}"
+        self._peer, self._how = peer, how
 
     def drain(self) -> Consumed:
-        """``ring_buffer__consume``, timed by the C program itself."""
-        self._order("drain")
+        """What is in the ring, timed by the other program itself."""
+        self._peer.order(f"drain {self.ring.id} {self._how}")
         return self._answer()
 
     def follow(self, ended: Callable[[], bool]) -> Consumed:
         """The same again and again, until it is told to stop."""
-        self._order("follow")
+        self._peer.begin(f"follow {self.ring.id}")
         while not ended():
             time.sleep(0.01)
-        self._order("stop")
+        self._peer.stop()
         return self._answer()
 
-
-def _compiled(source: Path) -> int:
-    """Compile a C program against libbpf; the descriptor is all that is left of it."""
-    with leftovers.temporary_folder() as folder:
-        program = folder / source.stem
-        command = ["gcc", "-O2", "-o", str(program), str(source), "-lbpf"]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=_BUILD_S,
-                env={**os.environ, "TMPDIR": str(folder)},
-            )  # fmt: skip
-        except FileNotFoundError:
-            raise Unavailable("gcc is missing: install Debian's gcc (make setup does).") from None
-        except subprocess.TimeoutExpired:
-            raise TimedOut(f"gcc did not end within {_BUILD_S:g} s.") from None
-        if done.returncode:
-            first = next((line for line in done.stderr.splitlines() if "error" in line), "")
-            raise Unavailable(
-                f"{source.name} does not compile ({first.strip() or 'gcc says no more'}): "
-                "install Debian's libbpf-dev (make setup does)."
-            )
-        return os.open(program, os.O_RDONLY)
+    def _answer(self) -> Consumed:
+        told = self._peer.answer()
+        return Consumed(told.records, told.total, told.ns)
 
 
 # -- measuring ---------------------------------------------------------------------------
@@ -443,8 +406,13 @@ def drain(ring_bytes: int, rounds: int) -> pd.DataFrame:
     rows = []
     with ExitStack() as opened:
         consumers: list[Consumer] = [
-            ByRingReader(ring_bytes), ByRingReaderAdding(ring_bytes), ByBcc(ring_bytes),
-            ByBccCast(ring_bytes), ByBccEmpty(ring_bytes), ByLibbpf(ring_bytes, here),
+            ByRingReader(ring_bytes), ByRingReaderAdding(ring_bytes), ByRingReaderAny(ring_bytes),
+            ByBcc(ring_bytes), ByBccCast(ring_bytes), ByBccEmpty(ring_bytes),
+            *(
+                ByPeer(ring_bytes, peer, how)
+                for peer in opened.enter_context(running(cpu=here))
+                for how in ("add", "copy")
+            ),
         ]  # fmt: skip
         for consumer in consumers:
             opened.callback(consumer.close)
@@ -465,7 +433,9 @@ def drain(ring_bytes: int, rounds: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["consumer", "repetition", "events", "ns"])
 
 
-def live(ring_bytes: int, events: int, rounds: int, producer_cpu: int) -> pd.DataFrame:
+def live(
+    ring_bytes: int, events: int, rounds: int, producer_cpu: int, *, alone: bool = False
+) -> pd.DataFrame:
     """Follow a producer that runs at full speed on the other CPU, and account for all.
 
     Parameters
@@ -478,6 +448,8 @@ def live(ring_bytes: int, events: int, rounds: int, producer_cpu: int) -> pd.Dat
         Repetitions, in turns.
     producer_cpu : int
         CPU of the producer.
+    alone : bool
+        Ours, and no other consumer.
 
     Returns
     -------
@@ -493,45 +465,49 @@ def live(ring_bytes: int, events: int, rounds: int, producer_cpu: int) -> pd.Dat
         The account does not add up.
     """
     here, rows = min(os.sched_getaffinity(0)), []
-    makers: list[Callable[[], Consumer]] = [
-        lambda: ByRingReader(ring_bytes),
-        lambda: ByBccCast(ring_bytes),
-        lambda: ByLibbpf(ring_bytes, here),
-    ]
-    for turn, make in in_turns(makers, rounds):
-        consumer = make()
-        try:
-            say(f"live: round {turn + 1} of {rounds}, {consumer.name}")
-            ended = shared_array(1, np.int64)
+    with ExitStack() as opened:
+        makers: list[Callable[[], Consumer]] = [lambda: ByRingReader(ring_bytes)]
+        if not alone:
+            makers.append(lambda: ByBccCast(ring_bytes))
+            for peer in opened.enter_context(running(cpu=here)):
+                makers.append(lambda peer=peer: ByPeer(ring_bytes, peer, "add"))  # type: ignore[misc]
+        for turn, make in in_turns(makers, rounds):
+            consumer = make()
+            try:
+                say(f"live: round {turn + 1} of {rounds}, {consumer.name}")
+                ended = shared_array(1, np.int64)
 
-            def produce(
-                producer: Producer = consumer.producer, ended: npt.NDArray[Any] = ended
-            ) -> tuple[Produced, int]:
-                begun = time.monotonic_ns()
-                try:
-                    for start in range(0, events, _LIVE_EVENTS):
-                        counts = producer.flood(min(_LIVE_EVENTS, events - start))
-                    return counts, time.monotonic_ns() - begun
-                finally:
-                    ended[0] = 1
+                def produce(
+                    producer: Producer = consumer.producer, ended: npt.NDArray[Any] = ended
+                ) -> tuple[Produced, int]:
+                    begun = time.monotonic_ns()
+                    try:
+                        for start in range(0, events, _LIVE_EVENTS):
+                            counts = producer.flood(min(_LIVE_EVENTS, events - start))
+                        return counts, time.monotonic_ns() - begun
+                    finally:
+                        ended[0] = 1
 
-            def has_ended(ended: npt.NDArray[Any] = ended) -> bool:
-                return bool(ended[0])
+                def has_ended(ended: npt.NDArray[Any] = ended) -> bool:
+                    return bool(ended[0])
 
-            with Child(produce, cpu=producer_cpu) as child:
-                took = consumer.follow(has_ended)
-                counts, produce_ns = child.result(_ANSWER_S)
-        finally:
-            consumer.close()
-        if counts.produced != took.records + counts.dropped or (took.gaps or 0) > counts.dropped:
-            raise LabError(
-                f"{consumer.name}: {counts.produced} produced, but {took.records} delivered "
-                f"and {counts.dropped} dropped; the reader misses {took.gaps or 0} between others."
-            )
-        rows.append((
-            consumer.name, turn, counts.produced, took.records, counts.dropped,
-            -1 if took.gaps is None else took.gaps, produce_ns, took.ns,
-        ))  # fmt: skip
+                with Child(produce, cpu=producer_cpu) as child:
+                    took = consumer.follow(has_ended)
+                    counts, produce_ns = child.result(_ANSWER_S)
+            finally:
+                consumer.close()
+            if (
+                counts.produced != took.records + counts.dropped
+                or (took.gaps or 0) > counts.dropped
+            ):
+                raise LabError(
+                    f"{consumer.name}: {counts.produced} produced, but {took.records} delivered "
+                    f"and {counts.dropped} dropped; {took.gaps or 0} missing between others."
+                )
+            rows.append((
+                consumer.name, turn, counts.produced, took.records, counts.dropped,
+                -1 if took.gaps is None else took.gaps, produce_ns, took.ns,
+            ))  # fmt: skip
     columns = [
         "consumer", "repetition", "produced", "delivered", "dropped", "gaps", "produce_ns",
         "consume_ns",
@@ -539,47 +515,14 @@ def live(ring_bytes: int, events: int, rounds: int, producer_cpu: int) -> pd.Dat
     return pd.DataFrame(rows, columns=columns)
 
 
-@dataclass(frozen=True)
-class Policy:
-    """Who wakes the reader: the program's choice, and how long the reader sleeps at most.
-
-    Attributes
-    ----------
-    name : str
-        As figures show it.
-    wakeup, wakeup_at
-        As `Producer` takes them.
-    timer_s : float
-        The reader looks by itself after so many seconds; 0: it never sleeps.
-    """
-
-    name: str
-    wakeup: str
-    wakeup_at: int = 1
-    timer_s: float = 0.1
-
-
-POLICIES: Final = (
-    Policy("default", "default"),
-    Policy("always", "always"),
-    Policy("every 64 records", "every-n", 64),
-    Policy("64 unread records", "adaptive", 64 * slot_bytes(EVENT.itemsize)),
-    Policy("never, 1 ms timer", "never", timer_s=0.001),
-    Policy("never, reader spins", "never", timer_s=0.0),
-)
+POLICIES: Final = policies(slot_bytes(EVENT.itemsize))
 """The last one is the floor of the harness: no sleep, no wakeup."""
 
 
-@dataclass
-class _Cell:
-    """One policy at one rate, over all repetitions."""
-
-    rows: list[dict[str, object]] = field(default_factory=list)
-    latency_ns: list[npt.NDArray[np.int64]] = field(default_factory=list)
-
-
-def latency(rounds: int, seconds: float, producer_cpu: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Measure from the intended time of an event until Python has it, per wakeup policy.
+def latency(
+    rounds: int, seconds: float, rates: tuple[int, ...], producer_cpu: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Measure from the intended time of an event until a reader has it, per wakeup policy.
 
     Open loop: the schedule does not wait for anybody, and an event that the producer or
     the reader handles late counts from when it was wanted. The first tenth of every
@@ -588,57 +531,66 @@ def latency(rounds: int, seconds: float, producer_cpu: int) -> tuple[pd.DataFram
     Parameters
     ----------
     rounds : int
-        Repetitions, in turns over policies and rates.
+        Repetitions, in turns over policies and rates, and within each over the readers.
     seconds : float
         Length of one repetition.
+    rates : tuple of int
+        Events per second.
     producer_cpu : int
         CPU of the producer.
 
     Returns
     -------
     repetitions : DataFrame
-        One row per policy, rate and repetition: ``policy``, ``rate`` (events/s),
-        ``repetition``, ``produced``, ``delivered``, ``dropped``, ``batches`` (reads that
-        found records), ``reader_ns`` (CPU time of the reader per event), ``late_p99_ns``
-        (by how much the producer itself was late), ``p50_ns``, ``p99_ns``.
+        One row per policy, rate, reader and repetition: ``policy``, ``rate``, ``reader`` (ours,
+        and those in C and Go that this machine can build), ``repetition``, ``produced``,
+        ``delivered``, ``dropped``, ``reader_ns`` (CPU time of the reader per event), ``p50_ns``,
+        ``p99_ns``, ``p999_ns`` (NaN where the samples are too few).
     pooled : DataFrame
-        One row per policy and rate, over the raw times of all repetitions: ``policy``,
-        ``rate``, ``events``, ``p50_ns``, ``p99_ns``, ``p999_ns``, ``max_ns``.
+        One row per policy, rate and reader, over the raw times of all repetitions: ``policy``,
+        ``rate``, ``reader``, ``events``, ``p50_ns``, ``p99_ns``, ``p999_ns``, ``max_ns``.
 
     Raises
     ------
     LabError
         The account does not add up.
     """
-    cells: dict[tuple[str, int], _Cell] = {}
+    here = min(os.sched_getaffinity(0))
+    rows: list[dict[str, object]] = []
+    pairs = [(policy, rate) for policy in POLICIES for rate in rates]
     with ExitStack() as opened:
-        rings: dict[str, tuple[RingReader, Producer]] = {}
+        room = round(max(rates) * seconds)
+        peers = opened.enter_context(running(cpu=here, room=room))
+        readers = {bars.OURS: None, **{peer.name: peer for peer in peers}}
+        every: dict[tuple[str, int, str], list[npt.NDArray[np.int64]]] = {
+            (policy.name, rate, name): [] for policy, rate in pairs for name in readers
+        }
+        rings: dict[str, tuple[Map, Producer]] = {}
         for policy in POLICIES:
             ring = opened.enter_context(_ring())
             producer = Producer(ring.fd, policy.wakeup, policy.wakeup_at)
             opened.callback(producer.close)
-            rings[policy.name] = opened.enter_context(RingReader(ring, EVENT)), producer
-        pairs = [(policy, rate) for policy in POLICIES for rate in RATES]
-        cells = {(policy.name, rate): _Cell() for policy, rate in pairs}
+            rings[policy.name] = ring, producer
         for done, (turn, (policy, rate)) in enumerate(in_turns(pairs, rounds)):
-            if done % len(RATES) == 0:
-                left = (len(pairs) * rounds - done) * (seconds + 0.1)
+            if done % 5 == 0:
+                left = (len(pairs) * rounds - done) * len(readers) * (seconds + 0.1)
                 say(f"latency: {done} of {len(pairs) * rounds} measured, {left:.0f} s to go")
-            reader, producer = rings[policy.name]
-            events = max(int(rate * seconds), 10)
-            cell = cells[policy.name, rate]
-            row, times = _follow_schedule(reader, producer, policy, rate, events, producer_cpu)
-            cell.rows.append({"policy": policy.name, "rate": rate, "repetition": turn, **row})
-            cell.latency_ns.append(times)
-    repetitions = pd.DataFrame([row for cell in cells.values() for row in cell.rows])
+            for _, name in in_turns(list(readers), 1, seed=done):
+                events = max(int(rate * seconds), 10)
+                schedule = Schedule(*rings[policy.name], policy, rate, events, producer_cpu)
+                row, times = schedule.follow(readers[name])
+                rows.append({
+                    "policy": policy.name, "rate": rate, "reader": name, "repetition": turn, **row
+                })  # fmt: skip
+                every[policy.name, rate, name].append(times)
     pooled = []
-    for (name, rate), cell in cells.items():
-        times = np.concatenate(cell.latency_ns)
+    for cell, parts in every.items():
+        times = np.concatenate(parts)
         # Two samples beyond a percentile are few: the number of events stands beside it.
         points = percentiles(times, beyond=2)
-        pooled.append((name, rate, len(times), *points.to_list(), float(times.max())))
-    columns = ["policy", "rate", "events", "p50_ns", "p99_ns", "p999_ns", "max_ns"]
-    return repetitions, pd.DataFrame(pooled, columns=columns)
+        pooled.append((*cell, len(times), *points.to_list(), float(times.max())))
+    columns = ["policy", "rate", "reader", "events", "p50_ns", "p99_ns", "p999_ns", "max_ns"]
+    return pd.DataFrame(rows), pd.DataFrame(pooled, columns=columns)
 
 
 @contextmanager
@@ -649,61 +601,81 @@ def _ring() -> Iterator[Map]:
         yield ring
 
 
-def _follow_schedule(
-    reader: RingReader,
-    producer: Producer,
-    policy: Policy,
-    rate: int,
-    events: int,
-    producer_cpu: int,
-) -> tuple[dict[str, object], npt.NDArray[np.int64]]:
-    interval_ns = 1_000_000_000 // rate
-    start_ns = time.monotonic_ns() + 20_000_000  # the child is running by then
-    before = producer.counts()
+@dataclass(frozen=True)
+class Schedule:
+    """So many events at a rate, into one ring, by a producer on a CPU of its own."""
 
-    def produce() -> Produced:
-        return producer.keep_schedule(events, interval_ns, start_ns)
+    ring: Map
+    producer: Producer
+    policy: Policy
+    rate: int
+    events: int
+    producer_cpu: int
 
-    seen: list[tuple[int, npt.NDArray[Any]]] = []
-    delivered = 0
-    deadline = time.monotonic() + events / rate + 15
-    with Child(produce, cpu=producer_cpu) as child:
+    def follow(self, peer: Peer | None) -> tuple[dict[str, object], npt.NDArray[np.int64]]:
+        """Have a peer, or our reader, follow; its row, and the times that are judged."""
+        before = self.producer.counts()
+        with ExitStack() as opened:
+            if peer is None:
+                reader = opened.enter_context(RingReader(self.ring, EVENT))
+            else:
+                timer_us = round(1e6 * self.policy.timer_s)
+                peer.begin(f"take {self.ring.id} {timer_us} read")
+            interval_ns = 1_000_000_000 // self.rate
+            start_ns = time.monotonic_ns() + 20_000_000  # the child is running by then
+            child = opened.enter_context(
+                Child(
+                    lambda: self.producer.keep_schedule(self.events, interval_ns, start_ns),
+                    cpu=self.producer_cpu,
+                )
+            )
+            if peer is None:
+                intended_ns, seen_ns, cpu_ns = self._read(reader)
+                after = child.result(_ANSWER_S)
+            else:
+                after = child.result(_ANSWER_S)
+                peer.stop()
+                cpu_ns = peer.answer().cpu_ns
+                log = peer.log()
+                intended_ns, seen_ns = log["intended_ns"], log["seen_ns"].astype(np.int64)
+        delivered, dropped = len(seen_ns), after.dropped - before.dropped
+        if delivered + dropped != self.events:
+            raise LabError(
+                f"{self.policy.name}: {self.events} produced, {delivered} delivered and {dropped} "
+                "dropped."
+            )
+        times = (seen_ns - intended_ns.astype(np.int64))[self.events // 10 :]
+        points = percentiles(times, beyond=1)
+        row: dict[str, object] = {
+            "produced": self.events, "delivered": delivered, "dropped": dropped,
+            "reader_ns": cpu_ns / delivered, "p50_ns": points["p50"], "p99_ns": points["p99"],
+            "p999_ns": points["p99.9"],
+        }  # fmt: skip
+        return row, times
+
+    def _read(
+        self, reader: RingReader
+    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], int]:
+        """What our reader takes: intended times, when it had each, and its CPU time."""
+        seen: list[tuple[int, npt.NDArray[Any]]] = []
+        delivered, deadline = 0, time.monotonic() + self.events / self.rate + 15
         cpu_ns = time.thread_time_ns()
-        expected = events
-        while delivered < expected:
-            batch = reader.poll(policy.timer_s)
+        while delivered < self.events:
+            batch = reader.poll(self.policy.timer_s)
             now = time.monotonic_ns()
             if len(batch):
                 seen.append((now, batch.copy()))
                 delivered += len(batch)
             elif time.monotonic() > deadline:
-                break  # some were dropped, or the producer failed: the account below tells
+                break  # some were dropped, or the producer failed: the account tells
         cpu_ns = time.thread_time_ns() - cpu_ns
-        after = child.result(_ANSWER_S)
-    dropped = after.dropped - before.dropped
-    if delivered + dropped != events:
-        raise LabError(f"{policy.name}: {events} produced, {delivered} + {dropped} accounted for.")
-    records = np.concatenate([batch for _, batch in seen])
-    when = np.repeat([now for now, _ in seen], [len(batch) for _, batch in seen])
-    records, when = records[events // 10 :], when[events // 10 :]
-    times = when - records["intended_ns"].astype(np.int64)
-    late = (records["committed_ns"] - records["intended_ns"]).astype(np.int64)
-    points = percentiles(times, (50.0, 99.0), beyond=1)
-    row: dict[str, object] = {
-        "produced": events,
-        "delivered": delivered,
-        "dropped": dropped,
-        "batches": len(seen),
-        "reader_ns": cpu_ns / delivered,
-        "late_p99_ns": float(np.percentile(late, 99)),
-        "p50_ns": points["p50"],
-        "p99_ns": points["p99"],
-    }
-    return row, times
+        records = np.concatenate([np.zeros(0, EVENT), *(batch for _, batch in seen)])
+        when = np.repeat([now for now, _ in seen], [len(batch) for _, batch in seen])
+        return records["intended_ns"], when.astype(np.int64), cpu_ns
 
 
 def maps(entries: int, rounds: int) -> pd.DataFrame:
-    """Time reading and writing a whole hash, with ours and with bcc's ways.
+    """Time reading and writing a whole hash, with ours, bcc's ways, and by batch in C and Go.
 
     Parameters
     ----------
@@ -725,7 +697,10 @@ def maps(entries: int, rounds: int) -> pd.DataFrame:
     LabError
         A way read or wrote other entries than the rest.
     """
-    with programs.load_by_bcc("ring_table", ENTRIES=entries) as unit:
+    with (
+        programs.load_by_bcc("ring_table", ENTRIES=entries) as unit,
+        running(cpu=min(os.sched_getaffinity(0))) as peers,
+    ):
         ours, theirs = unit.map("table", key="u4", value="u8"), unit.table("table")
         keys = np.arange(entries, dtype=np.uint32)
         values = keys.astype(np.uint64) * 3
@@ -751,9 +726,10 @@ def maps(entries: int, rounds: int) -> pd.DataFrame:
             "t[k] = v": by_key,
             "t[k] = v, objects ready": by_ready_key,
         }
+        by_peer = {f"batch, {peer.name}": peer for peer in peers}
         rows: list[tuple[str, int, int, int]] = []
         ours.update_many(keys, values)
-        for turn, way in in_turns([*reads, *writes], rounds + 1):
+        for turn, way in in_turns([*reads, *by_peer, *writes], rounds + 1):
             if way == "snapshot()":
                 say(f"maps: round {turn} of {rounds}" if turn else "maps: warming up")
             if way in reads:
@@ -764,16 +740,64 @@ def maps(entries: int, rounds: int) -> pd.DataFrame:
                 if found != [entries] * times:
                     raise LabError(f"{way} read {found} of {entries} entries.")
                 continue
+            if way in by_peer:
+                by_peer[way].order(f"lookup {ours.id} {entries} 5")
+                told = by_peer[way].answer()
+                if (told.records, told.total) != (5 * entries, 5 * int(values.sum())):
+                    raise LabError(f"{way} read {told.records} of {5 * entries} entries.")
+                rows.append((f"{way}, lookup", turn, told.records, told.ns))
             ours.delete_many(keys)
             for what in ("fill", "overwrite"):
                 begun = time.monotonic_ns()
-                writes[way]()
-                rows.append((f"{way}, {what}", turn, entries, time.monotonic_ns() - begun))
+                if way in by_peer:
+                    by_peer[way].order(f"update {ours.id} {entries} 1")
+                    ns = by_peer[way].answer().ns
+                else:
+                    writes[way]()
+                    ns = time.monotonic_ns() - begun
+                rows.append((f"{way}, {what}", turn, entries, ns))
             written = ours.snapshot()
             if len(written) != entries or (written.values != written.keys * 3).any():
                 raise LabError(f"{way} did not write what it was given.")
     table = pd.DataFrame(rows, columns=["way", "repetition", "entries", "ns"])
     return table[table["repetition"] > 0].reset_index(drop=True)
+
+
+def large(entries: int, rounds: int) -> pd.DataFrame:
+    """Time `Map.snapshot` of a hash as it grows: a tenth of its entries, and all of them.
+
+    Parameters
+    ----------
+    entries : int
+        Of the hash in the end.
+    rounds : int
+        Repetitions of each.
+
+    Returns
+    -------
+    DataFrame
+        One row per size and repetition: ``entries``, ``repetition``, ``ns``.
+
+    Raises
+    ------
+    LabError
+        A snapshot had other entries than the map.
+    """
+    rows = []
+    for size in (entries // 10, entries):
+        with Map.create(MapKind.HASH, key="u4", value="u8", max_entries=size) as table:
+            keys = np.arange(size, dtype=np.uint32)
+            table.update_many(keys, keys.astype(np.uint64))
+            for turn in range(rounds + 1):
+                say(f"a map of {size:,}: round {turn} of {rounds}")
+                begun = time.monotonic_ns()
+                found = table.snapshot()
+                ns = time.monotonic_ns() - begun
+                if len(found) != size or (found.values != found.keys).any():
+                    raise LabError(f"A snapshot had {len(found)} of {size} entries.")
+                if turn:
+                    rows.append((size, turn, ns))
+    return pd.DataFrame(rows, columns=["entries", "repetition", "ns"])
 
 
 def measure(profile: str) -> Run:
@@ -787,8 +811,8 @@ def measure(profile: str) -> Run:
     Returns
     -------
     Run
-        Not saved yet. Tables: ``drain``, ``live``, ``maps``, ``latency``,
-        ``latency_pooled``, as the functions of this module return them, and ``counts``
+        Not saved yet. Tables: ``drain``, ``live``, ``maps``, ``large``,
+        ``latency``, ``latency_pooled``, as the functions of this module return them, and ``counts``
         with the events lost live (broken: bcc; control: libbpf in C; fixed: RingReader).
 
     Raises
@@ -808,13 +832,23 @@ def measure(profile: str) -> Run:
     followed = live(
         parameters["ring_bytes"], parameters["live_events"], parameters["lives"], producer_cpu
     )
+    if parameters["long_events"]:
+        long = live(
+            parameters["ring_bytes"], parameters["long_events"], 1, producer_cpu, alone=True
+        )
+        long["repetition"] = parameters["lives"]
+        followed = pd.concat([followed, long], ignore_index=True)
     handled = maps(parameters["map_entries"], parameters["map_rounds"])
+    grown = large(parameters["large_entries"], 7)
     repetitions, pooled = latency(
-        parameters["latency_rounds"], parameters["latency_s"], producer_cpu
+        parameters["latency_rounds"],
+        parameters["latency_s"],
+        tuple(parameters["rates"]),
+        producer_cpu,
     )
     triad = Triad("lost")
     for variant, name in (
-        ("broken", ByBccCast.name), ("control", ByLibbpf.name), ("fixed", ByRingReader.name),
+        ("broken", ByBccCast.name), ("control", bars.LIBBPF), ("fixed", ByRingReader.name),
     ):  # fmt: skip
         rows = followed[followed["consumer"] == name]
         triad.add(
@@ -827,7 +861,7 @@ def measure(profile: str) -> Run:
     facts["during"] = usage_since(ticks)
     tables = {
         "counts": triad.table(), "drain": drained, "live": followed, "maps": handled,
-        "latency": repetitions, "latency_pooled": pooled,
+        "large": grown, "latency": repetitions, "latency_pooled": pooled,
     }  # fmt: skip
     return Run(bars.EXPERIMENT, profile, parameters, facts, tables)
 

@@ -20,20 +20,22 @@ import numpy.typing as npt
 import pandas as pd
 
 from experiments.bench import sync_bars as bars
+from experiments.bench.peers import Peer, Told, policies, running
 from labkit.errors import LabError
 from labkit.judge.statistics import percentiles
 from labkit.kernel import probe, programs
 from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
+from labkit.kernel.parallel import another_cpu
 from labkit.kernel.provenance import provenance, usage, usage_since
 from labkit.kernel.ringbuf import RingReader, slot_bytes
 from labkit.lab import bench
 from labkit.lab.driver import in_turns
 from labkit.lab.experiment import say
-from labkit.load.workload import Load, Stream, median_ns, since
+from labkit.load.workload import QUIET_S, Load, Stream, median_ns, since
 from labkit.runs import Run, Triad
-from labkit.sync.changes import ChangeKind, change_dtype, event_dtype
+from labkit.sync.changes import ChangeKind, Changes, change_dtype, event_dtype
 from labkit.sync.poll import Poll
 from labkit.sync.replica import Replica
 from labkit.sync.ring_events import COUNTS, Channel, RingEvents
@@ -41,23 +43,26 @@ from labkit.sync.strategy import Stats, Strategy
 
 PROFILES: Final[dict[str, dict[str, Any]]] = {
     "quick": {
-        "rate": 100_000, "seconds": 1.0, "keys": 200, "rounds": 5, "search_ring_bytes": 1 << 23,
-        "search_rings": 4, "replica_keys": 1_000_000, "batch": 16_384, "applied": 1_000_000,
+        "rate": 100_000, "seconds": 1.0, "keys": 200, "rounds": 5,
+        "rates": [1_000, 10_000, 100_000], "beside_s": 0.3, "beside_rounds": 3,
+        "search_ring_bytes": 1 << 23, "search_rings": 4, "replica_keys": 1_000_000,
+        "batch": 16_384, "applied": 1_000_000,
     },
     "full": {
-        "rate": 100_000, "seconds": 4.0, "keys": 200, "rounds": 11, "search_ring_bytes": 1 << 23,
-        "search_rings": 8, "replica_keys": 1_000_000, "batch": 16_384, "applied": 4_000_000,
+        "rate": 100_000, "seconds": 4.0, "keys": 200, "rounds": 11,
+        "rates": [1_000, 10_000, 100_000, 1_000_000], "beside_s": 1.0, "beside_rounds": 7,
+        "search_ring_bytes": 1 << 23, "search_rings": 8, "replica_keys": 1_000_000,
+        "batch": 16_384, "applied": 4_000_000,
     },
 }  # fmt: skip
 
-GATHER_S: Final = 0.0003
-"""How long the follower of the first bar lets events gather: a third of the latency that it may
-have, for most of the CPU that it would spend on batches of a few."""
 TIMER_S: Final = 0.001
 """At the highest rates nobody needs to be woken, and the writer need not see to it: all followers
 look by this timer."""
 
 _EVENT: Final = event_dtype("u4", "u8")
+POLICIES: Final = policies(slot_bytes(event_dtype("u8", "u8").itemsize))[:-1]
+"""Of a follower that sleeps: one that spins takes a CPU whatever it is written in."""
 _WARM_UP: Final = 0.1  # of a schedule
 _FIRST_RATE: Final = 500_000.0
 _STEP: Final = 1.5  # between two rates until the limit lies between them
@@ -171,6 +176,78 @@ class CallbackEvents(RingEvents):
         return self._ring.take()
 
 
+# -- followers in other programs -----------------------------------------------------------------
+
+
+class PeerEvents(Strategy):
+    """Has another program follow: it reads the ring and keeps the replica, and we look on.
+
+    Parameters
+    ----------
+    channel : Channel
+        What the writer writes to; it stays the caller's.
+    peer : Peer
+        The program; it stays the caller's.
+    timer_s : float
+        Its longest sleep, seconds; 0: it never sleeps.
+
+    Attributes
+    ----------
+    told : Told or None
+        What the program says of itself, once `stats` has been asked for.
+    """
+
+    def __init__(self, channel: Channel, peer: Peer, timer_s: float) -> None:
+        super().__init__()
+        self._channel, self._peer, self._timer_us = channel, peer, round(1e6 * timer_s)
+        self.told: Told | None = None
+        self._running, self._seen = False, 0
+
+    def _subscribe(self) -> None:
+        self._before = self._count()
+        self._peer.begin(f"take {self._channel.ring.id} {self._timer_us} replica")
+        self._running = True
+
+    def _unsubscribe(self) -> None:
+        if self._running:
+            self._running = False
+            self._peer.stop()
+            self.told = self._peer.answer()
+
+    def _count(self) -> npt.NDArray[np.int64]:
+        """Changes emitted and dropped so far."""
+        counts = self._channel.counts.lookup(0)
+        return np.array([counts["emitted"].sum(), counts["dropped"].sum()], np.int64)
+
+    def _collect(self, deadline: float) -> Changes:
+        """All changes at once, when no more come: to look at them costs its CPU."""
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        before, self._seen = self._seen, self._peer.taken
+        if self._seen > before or self._delivered == self._seen:
+            return self._nothing()
+        rows = self._peer.log()
+        news = np.zeros(len(rows), self.replica.change_dtype)
+        news["kind"], news["key"] = ChangeKind.UPDATE, rows["seq"]
+        news["version"], news["seen_ns"] = rows["intended_ns"], rows["seen_ns"]
+        self._delivered = len(news)
+        return news
+
+    @property
+    def behind(self) -> bool:
+        """Whether the program has still to take what the writer has emitted."""
+        return bool((self._count() - self._before)[0] > self._peer.taken)
+
+    def stats(self) -> Stats:
+        """The writer's counters, and what the program says that it took."""
+        self._unsubscribe()
+        assert self.told is not None
+        emitted, dropped = (self._count() - self._before).tolist()
+        return Stats(
+            produced=emitted + dropped, delivered=self._delivered, dropped=dropped,
+            coalesced=self.told.records - self._delivered,
+        )  # fmt: skip
+
+
 # -- measuring -----------------------------------------------------------------------------------
 
 
@@ -202,7 +279,7 @@ def path(rate: int, seconds: float, keys: int, rounds: int) -> pd.DataFrame:
         The account does not add up.
     """
     followers: dict[str, Callable[[Channel], Strategy]] = {
-        bars.EVENTS: lambda channel: RingEvents(channel, gather_s=GATHER_S),
+        bars.EVENTS: lambda channel: RingEvents(channel, gather_s=bars.HAND_OUT_S),
         bars.POLL: lambda channel: Poll(0.01),
     }
     rows, points = [], (50.0, 99.0)
@@ -226,6 +303,91 @@ def path(rate: int, seconds: float, keys: int, rounds: int) -> pd.DataFrame:
     columns = [
         "strategy", "repetition", "operations", "delivered", "dropped", "unseen", "p50_ns",
         "p99_ns", "late_p50_ns", "late_p99_ns", "follower_cpu",
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=columns)
+
+
+def beside(rates: tuple[int, ...], seconds: float, keys: int, rounds: int) -> pd.DataFrame:
+    """Follow one load by our events, by libbpf in C and by cilium/ebpf in Go, in turns.
+
+    Each keeps a replica: ours, a hash table, a Go map. The latency of a change ends when it stands
+    there.
+
+    Parameters
+    ----------
+    rates : tuple of int
+        Intended changes per second, of values of 8 bytes.
+    seconds : float
+        Length of a schedule; its first tenth is not judged.
+    keys : int
+        Written in turns.
+    rounds : int
+        Repetitions.
+
+    Returns
+    -------
+    DataFrame
+        One row per wakeup policy, rate, follower and repetition: ``policy``, ``rate``,
+        ``follower``, ``repetition``, ``operations``, ``delivered``, ``dropped``, ``unseen``,
+        ``p50_ns``, ``p99_ns`` and ``p999_ns`` of the latency from the intended time on (NaN where
+        the samples are too few), ``late_p99_ns`` of the writer behind its schedule, ``cpu_ns``
+        (CPU time of the follower for a change). Always operations = delivered + dropped. Without
+        the rows of Go where this machine cannot build its follower.
+
+    Raises
+    ------
+    LabError
+        The account does not add up.
+    """
+    rows, points = [], (50.0, 99.0, 99.9)
+    most = round(max(rates) * seconds)
+    with ExitStack() as opened:
+        peers = {
+            peer.name: peer for peer in opened.enter_context(running(cpu=another_cpu(1), room=most))
+        }
+        loads = {
+            policy.name: opened.enter_context(
+                Load(
+                    8, wakeup=policy.wakeup, wakeup_at=policy.wakeup_at, keys=keys,
+                    most_operations=most, ring_bytes=4 << 20,
+                )
+            )
+            for policy in POLICIES
+        }  # fmt: skip
+        pairs = [(policy, rate) for policy in POLICIES for rate in rates]
+        # Followers of one policy and rate stand side by side: other load meets them alike.
+        cells = [
+            (turn, policy, rate, name)
+            for place, (turn, (policy, rate)) in enumerate(in_turns(pairs, rounds))
+            for _, name in in_turns([bars.OURS_BESIDE, *peers], 1, seed=place)
+        ]
+        for done, (turn, policy, rate, name) in enumerate(cells):
+            if done % 10 == 0:
+                say(f"beside C and Go: {done} of {len(cells)} measured")
+            load = loads[policy.name]
+            timer_s = min(policy.timer_s, QUIET_S)  # ours is asked so often by the load
+            follower: Strategy
+            if name in peers:
+                follower = PeerEvents(load.channel, peers[name], timer_s)
+            else:
+                follower = RingEvents(load.channel, timer_s=timer_s, gather_s=bars.HAND_OUT_S)
+            with follower:
+                trace = load.run(follower, rate=rate, seconds=seconds)
+            _require_account(name, len(trace), trace.stats)
+            told = follower.told if isinstance(follower, PeerEvents) else None
+            cpu_ns = told.cpu_ns if told else trace.follower_cpu_ns
+            judged = np.arange(len(trace)) >= _WARM_UP * len(trace)
+            seen = trace.seen_ns > 0
+            latency = since(trace.seen_ns, trace.intended_ns)[judged & seen]
+            late = since(trace.start_ns, trace.intended_ns)[judged]
+            rows.append((
+                policy.name, rate, name, turn, len(trace), trace.stats.delivered,
+                trace.stats.dropped, int((~seen).sum()), *percentiles(latency, points, beyond=1),
+                float(np.percentile(late, 99)), cpu_ns / max(1, trace.stats.delivered),
+            ))  # fmt: skip
+    columns = [
+        "policy", "rate", "follower", "repetition", "operations", "delivered", "dropped", "unseen",
+        "p50_ns", "p99_ns", "p999_ns", "late_p99_ns", "cpu_ns",
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)
 
@@ -476,10 +638,10 @@ def measure(profile: str) -> Run:
     Returns
     -------
     Run
-        Not saved yet. Tables: ``path``, ``sustained``, ``trials``, ``replica``, ``floor``, as the
-        functions of this module return them, and ``counts`` with the versions that were not
-        handed out (broken: the poll; control: events at the lowest rate that was tried; fixed:
-        events at the rate of the first bar).
+        Not saved yet. Tables: ``path``, ``beside``, ``sustained``, ``trials``, ``replica``,
+        ``floor``, as the functions of this module return them, and ``counts`` with the versions
+        that were not handed out (broken: the poll; control: events at the lowest rate that was
+        tried; fixed: events at the rate of the first bar).
 
     Raises
     ------
@@ -497,6 +659,9 @@ def measure(profile: str) -> Run:
     keys, rounds = parameters["keys"], parameters["rounds"]
     nothing = floor(rounds)
     followed = path(parameters["rate"], parameters["seconds"], keys, rounds)
+    compared = beside(
+        tuple(parameters["rates"]), parameters["beside_s"], keys, parameters["beside_rounds"]
+    )
     best, trials = sustained(
         parameters["search_ring_bytes"], parameters["search_rings"], keys, rounds
     )
@@ -517,8 +682,8 @@ def measure(profile: str) -> Run:
     facts["duration_s"] = round(time.monotonic() - begun, 3)
     facts["during"] = usage_since(ticks)
     tables = {
-        "counts": triad.table(), "path": followed, "sustained": best, "trials": trials,
-        "replica": copied, "floor": nothing,
+        "counts": triad.table(), "path": followed, "beside": compared, "sustained": best,
+        "trials": trials, "replica": copied, "floor": nothing,
     }  # fmt: skip
     return Run(bars.EXPERIMENT, profile, parameters, facts, tables)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 import pandas as pd
 
+from experiments.bench.sync_bars import GO, C, against_rates
 from labkit.figures import style
 from labkit.judge.bars import Result, checks, result, short
 from labkit.judge.findings import Finding
@@ -20,25 +20,36 @@ if TYPE_CHECKING:
 EXPERIMENT: Final = "bench-kernel"
 
 OURS: Final = "RingReader"
-LIBBPF: Final = "libbpf in C"
+LIBBPF: Final = f"{C}, add"
+LIBBPF_COPY: Final = f"{C}, copy"
+GO_COPY: Final = f"{GO}, copy"
 BCC: Final = ("bcc, event(data)", "bcc, ctypes cast")
 """bcc's callbacks that reach a field; the faster one is the one to beat."""
 
 _LABELS = {
-    OURS: "RingReader",
-    f"{OURS}, adding a field": "RingReader + sum",
-    LIBBPF: "libbpf, C callback",
+    OURS: "RingReader, copies",
+    f"{OURS}, any size": "RingReader, any size",
+    LIBBPF_COPY: "C, libbpf, copies",
+    GO_COPY: "Go, cilium/ebpf, copies",
+    f"{OURS}, adding a field": "RingReader, adds",
+    LIBBPF: "C, libbpf, adds",
+    f"{GO}, add": "Go, cilium/ebpf, adds",
     BCC[1]: "bcc, cast",
     BCC[0]: "bcc, event(data)",
     "bcc, empty callback": "bcc, empty",
 }
 
-DRAIN_BCC: Final = 100.0
-DRAIN_LIBBPF: Final = 0.4
+DRAIN_BCC: Final = 150.0
+DRAIN_COPYING: Final = 2.0
+DRAIN_ADDING: Final = 1.0
+DRAIN_GO: Final = 5.0
 LIVE_EVENTS: Final = 20_000_000
+LINEAR: Final = 1.5
 SNAPSHOT_ITEMS: Final = 20.0
-SNAPSHOT_BATCH: Final = 1.0
+SNAPSHOT_BATCH: Final = 2.0
+SNAPSHOT_GO: Final = 1.5
 UPDATE_MANY: Final = 6.0
+UPDATE_C: Final = 0.9
 
 
 def results(run: Run) -> list[Result]:
@@ -72,7 +83,7 @@ def judge(run: Run) -> Finding:
     """
     _check_counts(run)
     every = results(run)
-    with_bar = [one for one in every if one.holds is not None]
+    with_bar = [one for one in every if one.bar]
     lost = run.count("fixed")
     against_bcc = with_bar[0]
     return Finding(
@@ -86,9 +97,9 @@ def judge(run: Run) -> Finding:
 
 def _check_counts(run: Run) -> None:
     """Refuse a run whose two accounts of the events lost live differ."""
-    for name, rows in run.table("live").groupby("consumer"):
-        variant = {OURS: "fixed", LIBBPF: "control"}.get(str(name), "broken")
-        count = run.count(variant, str(name))
+    live = run.table("live")
+    for variant, name in (("broken", BCC[1]), ("control", LIBBPF), ("fixed", OURS)):
+        rows, count = live[live["consumer"] == name], run.count(variant, name)
         if [count.operations, count.anomalies] != rows[["produced", "dropped"]].sum().to_list():
             raise BadRun(f"The counts of {name} are not those of the run's table live.")
 
@@ -99,11 +110,23 @@ def _drain(run: Run) -> Iterator[Result]:
     ours = rate[OURS]
     bcc = rate[list(BCC)].max(axis=1)
     yield result("drain against bcc's own callback", ours / bcc, least=DRAIN_BCC)
-    yield result("drain against libbpf's consumer in C", ours / rate[LIBBPF], least=DRAIN_LIBBPF)
-    yield result("drain against bcc's empty callback", ours / rate["bcc, empty callback"])
+    copying = rate[LIBBPF_COPY]
     yield result(
-        "drain and add a field, against libbpf in C", rate[f"{OURS}, adding a field"] / rate[LIBBPF]
+        "drain, copying, against libbpf's callback that copies", ours / copying, least=DRAIN_COPYING
     )
+    yield result(
+        "the same with records of any size",
+        rate[f"{OURS}, any size"] / copying,
+        least=DRAIN_COPYING,
+    )
+    yield result(
+        "drain, adding a field in place, against libbpf's callback that adds",
+        rate[f"{OURS}, adding a field"] / rate[LIBBPF],
+        least=DRAIN_ADDING,
+    )
+    if GO_COPY in rate:
+        yield result("drain, copying, against Go's ReadInto", ours / rate[GO_COPY], least=DRAIN_GO)
+    yield result("drain against bcc's empty callback", ours / rate["bcc, empty callback"])
     for name in rate:
         yield result(f"drain, {name}", rate[name] / 1e6, "M events/s")
 
@@ -140,6 +163,13 @@ def _maps(run: Run) -> Iterator[Result]:
         snapshot / rate["items_lookup_batch()"],
         least=SNAPSHOT_BATCH,
     )
+    by_go = f"batch, {GO}"
+    if f"{by_go}, lookup" in rate:
+        yield result(
+            "snapshot() against Go's BatchLookup",
+            snapshot / rate[f"{by_go}, lookup"],
+            least=SNAPSHOT_GO,
+        )
     # Filling and overwriting together, so that neither is picked.
     way = table["way"].str.removesuffix(", fill").str.removesuffix(", overwrite")
     both = _per_second(
@@ -155,28 +185,37 @@ def _maps(run: Run) -> Iterator[Result]:
         "update_many() against t[k] = v with its ctypes objects made before",
         ours / both["t[k] = v, objects ready"],
     )
+    yield result(
+        "update_many() against libbpf's batch in C", ours / both[f"batch, {C}"], least=UPDATE_C
+    )
+    large = run.table("large")
+    each = large.assign(each=large["ns"] / large["entries"])
+    grown = each.pivot(index="repetition", columns="entries", values="each")
+    few, many = sorted(large["entries"].unique().tolist())
+    yield result(
+        f"snapshot() of {many:,} entries, cost of an entry against that of {few:,}",
+        grown[many] / grown[few],
+        most=LINEAR,
+    )
     for name in rate:
         yield result(f"whole map, {name}", rate[name] / 1e6, "M entries/s")
 
 
 def _latency(run: Run) -> Iterator[Result]:
     pooled = run.table("latency_pooled")
-    cells = run.table("latency").groupby(["policy", "rate"], sort=False)
+    cells = run.table("latency").groupby(["policy", "rate", "reader"], sort=False)
     for row in pooled.to_dict("records"):
-        where = f"{row['policy']}, {row['rate'] // 1000}k events/s"
-        repetitions = cells.get_group((row["policy"], row["rate"]))
+        where = f"{row['policy']}, {row['rate'] // 1000}k events/s, {row['reader']}"
+        repetitions = cells.get_group((row["policy"], row["rate"], row["reader"]))
         dropped = int(repetitions["dropped"].sum())
+        cpu = repetitions["reader_ns"].median() / 1e3
         for point, column in (("p50", "p50_ns"), ("p99", "p99_ns"), ("p99.9", "p999_ns")):
-            low = high = math.nan
-            if column in repetitions:
-                low, high = repetitions[column].min() / 1e3, repetitions[column].max() / 1e3
+            low, high = repetitions[column].min() / 1e3, repetitions[column].max() / 1e3
             yield Result(
-                f"latency, {where}, {point} of {row['events']:,} ({dropped} lost)",
-                row[column] / 1e3,
-                "us",
-                low,
-                high,
-            )
+                f"latency, {where}, {point} of {row['events']:,} ({dropped} lost, "
+                f"{short(cpu)} us of CPU for each)",
+                row[column] / 1e3, "us", low, high,
+            )  # fmt: skip
 
 
 def _per_second(table: pd.DataFrame, by: str, what: str) -> pd.DataFrame:
@@ -201,7 +240,7 @@ def draw(run: Run) -> Figure:
     from matplotlib import pyplot
 
     figure, (drain, median, tail) = pyplot.subplots(
-        3, 1, figsize=(style.HALF_PAGE[0], 6.6), height_ratios=(1.1, 1, 1)
+        3, 1, figsize=(style.HALF_PAGE[0], 7.2), height_ratios=(1.6, 1, 1)
     )
     _draw_drain(drain, run)
     _draw_latency(median, run, "p50_ns", "median")
@@ -219,8 +258,10 @@ def draw(run: Run) -> Figure:
 
 def _draw_drain(ax: Axes, run: Run) -> None:
     table = run.table("drain")
-    for y, name in enumerate(_LABELS):
-        rate = 1e3 * table["events"] / table["ns"]
+    rate = 1e3 * table["events"] / table["ns"]
+    measured = set(table["consumer"])
+    labels = {name: label for name, label in _LABELS.items() if name in measured}
+    for y, name in enumerate(labels):
         of_this = rate[table["consumer"] == name]
         middle = of_this.median()
         look = style.VARIANT["fixed" if name.startswith(OURS) else "control"]
@@ -232,17 +273,18 @@ def _draw_drain(ax: Axes, run: Run) -> None:
             f"{middle:.3g}", (middle, y), (0, 3.5), textcoords="offset points", ha="center",
             fontsize=6.5,
         )  # fmt: skip
-    ax.set_yticks(range(len(_LABELS)), list(_LABELS.values()))
-    ax.set_ylim(len(_LABELS) - 0.5, -0.7)
+    ax.set_yticks(range(len(labels)), list(labels.values()))
+    ax.set_ylim(len(labels) - 0.5, -0.7)
     ax.set_xscale("log")
     ax.grid(False, axis="y")
     ax.set_xlabel("filled ring drained, M events/s\n(median, least and greatest repetition)")
 
 
 def _draw_latency(ax: Axes, run: Run, column: str, name: str) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
+    """Ours; those in C and Go are drawn as they are for followers, in bench-sync."""
     pooled, repetitions = run.table("latency_pooled"), run.table("latency")
+    pooled = pooled[pooled["reader"] == OURS].sort_values("rate", kind="stable")
+    repetitions = repetitions[repetitions["reader"] == OURS]
     for series, (policy, rows) in enumerate(pooled.groupby("policy", sort=False)):
         spread = repetitions[repetitions["policy"] == policy].groupby("rate")[column]
         middle = rows[column].to_numpy() / 1e3
@@ -255,11 +297,5 @@ def _draw_latency(ax: Axes, run: Run, column: str, name: str) -> None:
             x, middle, yerr=[low, high], **style.look(series).line(), label=policy,
             elinewidth=0.7, capsize=1.5,
         )  # fmt: skip
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    rates = sorted(pooled["rate"].unique())
-    ax.set_xticks(rates, [f"{rate // 1000}k" for rate in rates])
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_major_locator(LogLocator(numticks=8))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    against_rates(ax, pooled["rate"])
     ax.set_ylabel(f"intended time to\nPython, {name}, µs")

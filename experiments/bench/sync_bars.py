@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import pandas as pd
 
+from labkit.figures import style
 from labkit.judge.bars import Result, checks, result, short
 from labkit.judge.findings import Finding
 from labkit.runs import BadRun, Run
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 EXPERIMENT: Final = "bench-sync"
 
-EVENTS: Final = "events, gathered 0.3 ms"
+EVENTS: Final = "events"
 POLL: Final = "poll 10 ms"
+C: Final = "libbpf in C"
+GO: Final = "cilium/ebpf in Go"
 OURS: Final = "RingReader"
+OURS_BESIDE: Final = "RingEvents, Python"
+HAND_OUT_S: Final = 0.05
+"""How often our follower hands its changes out; its replica has each of them before."""
 BCC: Final = ("bcc, event(data)", "bcc, ctypes cast", "bcc, bytes copied")
 """What bcc's callback does for an event. The first two reach its fields; the last one keeps the
 bytes, so that NumPy makes a batch of them as `RingReader` does: the least a callback can do."""
@@ -25,12 +37,23 @@ APPLY: Final = "changes of random keys applied"
 CLOCK: Final = "an empty call"
 EMPTY_POLL: Final = "a poll of events that finds none"
 
-P99_SHARE: Final = 0.1
-FOLLOWER_CPU: Final = 60.0
+P99_SHARE: Final = 0.05
 AGAINST_BCC: Final = 10.0
-BOOTSTRAP_COST: Final = 2.0
-APPLIED: Final = 1_000_000.0
+BOOTSTRAP_COST: Final = 1.2
+APPLIED: Final = 15_000_000.0
 FLOOR: Final = 5.0
+P50_OF_GO: Final = 1.0
+TIME_OF_C: Final = 1.2
+CPU_OF_C: Final = 1.3
+CPU_OF_GO: Final = 0.6
+CPU_AT: Final = {10_000: 15.0, 100_000: 35.0}
+"""Of one CPU, percent, at so many changes per second."""
+JUDGED: Final = "default"
+"""Wakeup policy whose figures the bars judge: the kernel's own rule, which none has to ask for."""
+QUIET: Final = 20.0
+"""How many times its p50 the p99 of the follower in C may be: else other load took the CPUs, and a
+bar that is not reached decides nothing. Some 5 on a quiet machine, above 100 beside load."""
+JUDGED_RATES: Final = (1_000, 10_000, 100_000)
 
 
 def results(run: Run) -> list[Result]:
@@ -46,7 +69,19 @@ def results(run: Run) -> list[Result]:
     list of Result
         Ratios are taken within each repetition, and their median is held against the bar.
     """
-    return [*_path(run), *_sustained(run), *_replica(run), *_floor(run)]
+    timed = [*_path(run), *_beside(run)]
+    if _is_noisy(run):
+        timed = [
+            replace(one, holds=None) if one.holds is False and one.unit != "changes" else one
+            for one in timed
+        ]
+    return [*timed, *_sustained(run), *_replica(run), *_floor(run)]
+
+
+def _is_noisy(run: Run) -> bool:
+    every = run.table("beside")
+    of_c = every[(every["policy"] == JUDGED) & (every["follower"] == C)]
+    return bool((of_c["p99_ns"] / of_c["p50_ns"]).median() > QUIET)
 
 
 def judge(run: Run) -> Finding:
@@ -64,7 +99,7 @@ def judge(run: Run) -> Finding:
     """
     _check_counts(run)
     every = results(run)
-    with_bar = {one.name: one for one in every if one.holds is not None}
+    with_bar = {one.name: one for one in every if one.bar}
     sooner, faster = with_bar["p99 of events, of that of the 10 ms poll"], _against(run)
     return Finding(
         EXPERIMENT,
@@ -109,14 +144,40 @@ def _path(run: Run) -> Iterator[Result]:
     yield result(
         "p99 of events, of that of the 10 ms poll", p99[EVENTS] / p99[POLL], most=P99_SHARE
     )
-    yield result(
-        "follower of events, of one CPU", 100 * by["follower_cpu"][EVENTS], "%", most=FOLLOWER_CPU
-    )
     for name in (EVENTS, POLL):
         yield result(f"{name}, p50", by["p50_ns"][name] / 1e3, "us")
         yield result(f"{name}, p99", p99[name] / 1e3, "us")
         yield result(f"{name}, writer late, p99", by["late_p99_ns"][name] / 1e3, "us")
-    yield result(f"follower of the {POLL}, of one CPU", 100 * by["follower_cpu"][POLL], "%")
+    for name in (EVENTS, POLL):
+        yield result(f"follower of the {name}, of one CPU", 100 * by["follower_cpu"][name], "%")
+
+
+def _beside(run: Run) -> Iterator[Result]:
+    """What Python, Go and C cost, from the intended time to the replica."""
+    every = run.table("beside")
+    unaccounted = every["operations"] - every["delivered"] - every["dropped"]
+    yield Result(
+        f"changes of {every['operations'].sum():,} neither delivered nor dropped, of any follower",
+        int(unaccounted.abs().sum()), "changes", bar="0", holds=not unaccounted.any(),
+    )  # fmt: skip
+    for rate in JUDGED_RATES:
+        rows = every[(every["policy"] == JUDGED) & (every["rate"] == rate)]
+        by = rows.pivot(index="repetition", columns="follower")
+        for what, column in (("p50", "p50_ns"), ("p99", "p99_ns"), ("CPU", "cpu_ns")):
+            ours, cpu = by[column][OURS_BESIDE], what == "CPU"
+            words = f"{what} of our follower at {rate:,} changes/s"
+            yield result(
+                f"{words}, of C's", ours / by[column][C], most=CPU_OF_C if cpu else TIME_OF_C
+            )
+            if GO in by[column] and what != "p99":
+                most = CPU_OF_GO if cpu else P50_OF_GO
+                yield result(f"{words}, of Go's", ours / by[column][GO], most=most)
+            for name in by[column]:
+                yield result(f"{what} at {rate:,} changes/s, {name}", by[column][name] / 1e3, "us")
+        if rate in CPU_AT:
+            share = by["cpu_ns"][OURS_BESIDE] * rate / 1e7
+            words = f"our follower at {rate:,} changes/s, of one CPU"
+            yield result(words, share, "%", most=CPU_AT[rate])
 
 
 def _sustained(run: Run) -> Iterator[Result]:
@@ -167,9 +228,10 @@ def _floor(run: Run) -> Iterator[Result]:
     path = run.table("path")
     floor = run.table("floor").pivot(index="repetition", columns="what", values="ns")
     p50 = path.pivot(index="repetition", columns="strategy", values="p50_ns")
+    # A change stands in the replica, with its time, before Python hears of it.
     yield result(
         "harness floor, of the smallest latency compared",
-        100 * floor.max(axis=1) / p50.min(axis=1),
+        100 * floor[CLOCK] / p50.min(axis=1),
         "%",
         most=FLOOR,
     )
@@ -178,3 +240,63 @@ def _floor(run: Run) -> Iterator[Result]:
     for name in (EVENTS, POLL):
         late = path[path["strategy"] == name]["late_p50_ns"]
         yield result(f"writer late, p50, {name}", late, "ns")
+
+
+def draw(run: Run) -> Figure:
+    """Draw what a follower in Python, in Go and in C costs: latency and CPU against the rate.
+
+    Parameters
+    ----------
+    run
+        Its table ``beside`` is drawn, of the kernel's own wakeup rule.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Three axes, one above the other: p50 and p99 from the intended time to the replica, and
+        CPU time for a change. Median, least and greatest repetition.
+    """
+    from matplotlib import pyplot
+
+    every = run.table("beside")
+    every = every[every["policy"] == JUDGED]
+    figure, axes = pyplot.subplots(3, 1, figsize=(style.HALF_PAGE[0], 6.0), sharex=True)
+    columns = {
+        "p50_ns": "p50, intended time\nto replica, µs",
+        "p99_ns": "p99, intended time\nto replica, µs",
+        "cpu_ns": "CPU time for a\nchange, µs",
+    }
+    for ax, (column, label) in zip(axes, columns.items(), strict=True):
+        for series, name in enumerate((OURS_BESIDE, GO, C)):
+            told = every[every["follower"] == name].groupby("rate")[column]
+            if not len(told):
+                continue  # a machine without Go
+            middle, low, high = told.median() / 1e3, told.min() / 1e3, told.max() / 1e3
+            # Side by side, so that the bars of two followers do not hide each other.
+            ax.errorbar(
+                middle.index.to_numpy() * 1.09 ** (series - 1), middle,
+                yerr=[middle - low, high - middle], **style.look(series).line(), label=name,
+                elinewidth=0.7, capsize=1.5,
+            )  # fmt: skip
+        against_rates(ax, every["rate"])
+        ax.set_ylabel(label)
+    axes[-1].set_xlabel("changes per second, on a fixed schedule")
+    axes[0].legend(
+        loc="lower center", bbox_to_anchor=(0.42, 1), ncols=3, columnspacing=0.8, handletextpad=0.3
+    )
+    return figure
+
+
+def against_rates(ax: Axes, rates: pd.Series[int]) -> None:
+    """Make both axes logarithmic, with the rates below and plain numbers at the side."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    known = sorted(rates.unique().tolist())
+    ax.set_xticks(known, [f"{rate // 1000}k" for rate in known])
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    few = np.ptp(np.log10(ax.get_ylim())) < 2
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=8))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())

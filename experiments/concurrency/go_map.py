@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from labkit.errors import LabError, TimedOut
+from experiments import go_program
+from labkit.errors import TimedOut
 from labkit.kernel import leftovers
-from labkit.kernel.tools import go_command
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment, say
 
 _SOURCE = Path(__file__).with_suffix(".go")
-_CACHE = Path(__file__).resolve().parents[2] / ".lab" / "go-cache"
-_BUILD_LIMIT_S = 600.0  # the first compiles Go's own library: minutes on an emulated CPU
 _FATAL_STATUS = 2  # exit status of a program that Go's runtime ends by a fatal error
 _RACE_STATUS = 66  # ... and of one in which the race detector found something
 _FATAL, _REPORT = "fatal error: concurrent map", "WARNING: DATA RACE"
@@ -111,7 +109,7 @@ def go_map(*, readers: int, run_ms: int, processes: int) -> Tables:
     with leftovers.temporary_folder() as folder:
         for detector in (False, True):
             say("building with the race detector" if detector else "building")
-            program = _build(folder, detector)
+            program = go_program.build(_SOURCE, folder, detector=detector)
             for turn in range(processes):
                 say(f"process {turn + 1} of {processes}{', race detector' * detector}")
                 for case in _CASES:
@@ -126,26 +124,6 @@ def go_map(*, readers: int, run_ms: int, processes: int) -> Tables:
                             }
                         )
     return {"processes": pd.DataFrame(rows)}
-
-
-def _build(folder: Path, detector: bool) -> Path:
-    go = go_command()
-    program = folder / ("go_map_race" if detector else "go_map")
-    _CACHE.mkdir(parents=True, exist_ok=True)
-    environment = {
-        **os.environ,
-        "GOCACHE": str(_CACHE),
-        "TMPDIR": str(folder),  # what a killed compiler leaves goes with the folder
-        "GOPROXY": "off",  # one file, no module: nothing is to be fetched
-        "GOTOOLCHAIN": "local",
-        "GO111MODULE": "off",
-        "CGO_ENABLED": "1" if detector else "0",
-    }
-    command = [go, "build", *(["-race"] if detector else []), "-o", str(program), str(_SOURCE)]
-    built = _bounded(command, _BUILD_LIMIT_S, environment)
-    if built.returncode:
-        raise LabError(f"go build failed: {built.stderr.strip().splitlines()[-1]}")
-    return program
 
 
 def _run(program: Path, guard: str, readers: int, writers: int, run_ms: int) -> dict[str, object]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from labkit.judge.findings import Check
+from labkit.judge.statistics import sign_interval
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Result:
     bar
         What it is held against, as words; empty where there is none.
     holds
-        Whether the bar is reached; None where there is none.
+        Whether the bar is reached; None where there is none, and where the run is too noisy to
+        tell: the median falls short of it, and the interval of the median does not.
     """
 
     name: str
@@ -41,8 +43,8 @@ class Result:
 
     def __str__(self) -> str:
         spread = "" if math.isnan(self.low) else f" ({short(self.low)} to {short(self.high)})"
-        word = "holds" if self.holds else "falls short"
-        verdict = "no bar" if self.holds is None else f"bar {self.bar}, {word}"
+        word = {True: "holds", False: "falls short", None: "undecided"}[self.holds]
+        verdict = f"bar {self.bar}, {word}" if self.bar else "no bar"
         return f"{self.name}: {short(self.value)} {self.unit}{spread}, {verdict}"
 
 
@@ -72,7 +74,13 @@ def result(
     low, high = (math.nan,) * 2 if len(values) == 1 else (float(values.min()), float(values.max()))
     if math.isinf(least) and math.isinf(most):
         return Result(name, median, unit, low, high)
-    return Result(name, median, unit, low, high, bar, least <= median <= most)
+    holds: bool | None = least <= median <= most
+    if not holds:
+        told = sign_interval(values)
+        # Of too few repetitions for an interval their range stands for it.
+        ends = (low, high) if math.isnan(told.low) else (told.low, told.high)
+        holds = None if ends[1] >= least and ends[0] <= most else False
+    return Result(name, median, unit, low, high, bar, holds)
 
 
 def checks(results: Iterable[Result]) -> tuple[Check, ...]:
@@ -80,7 +88,7 @@ def checks(results: Iterable[Result]) -> tuple[Check, ...]:
     return tuple(
         Check(f"{one.name}, {one.bar}", one.holds, f"{short(one.value)} {one.unit}")
         for one in results
-        if one.holds is not None
+        if one.bar
     )
 
 

@@ -74,16 +74,22 @@ static int is_ready(struct ring *ring, int *busy)
 	return *busy && !(header_of(record_at(ring, position)) & BUSY);
 }
 
-/* RingReader.wait: 1 with a record, 0 without one in time, -EINTR after a signal. */
-int lab_ring_wait(struct ring *ring, i64 timeout_ns)
+/* The interpreter's lock, where the caller holds it: given back while nothing is touched. */
+struct lock {
+	void *(*give_back)(void);  // PyEval_SaveThread
+	void (*take)(void *);      // PyEval_RestoreThread
+};
+
+/* 1 with a record, 0 without one in time, a negative error number after a signal. */
+static int wait_until(struct ring *ring, u64 deadline, const struct lock *lock)
 {
-	u64 deadline = now_ns() + (u64)timeout_ns;
 	struct pollfd asked = { .fd = (int)ring->fd, .events = POLLIN };
 	int busy, answer;
 
 	while (!is_ready(ring, &busy)) {
 		i64 left = (i64)(deadline - now_ns());
 		struct timespec sleep;
+		void *held = NULL;
 
 		if (left <= 0)
 			return is_ready(ring, &busy);
@@ -94,13 +100,23 @@ int lab_ring_wait(struct ring *ring, i64 timeout_ns)
 		/* Our last store of the position comes before the kernel's look at the ring. */
 		atomic_thread_fence(memory_order_seq_cst);
 		asked.revents = 0;
-		answer = ppoll(&asked, !busy, &sleep, NULL);
-		if (answer < 0)
-			return -errno;
+		if (lock)
+			held = lock->give_back();
+		answer = ppoll(&asked, !busy, &sleep, NULL) < 0 ? -errno : 0;
+		if (lock)
+			lock->take(held);
+		if (answer)
+			return answer;
 		if (asked.revents & (POLLERR | POLLNVAL))
 			return -EBADF;
 	}
 	return 1;
+}
+
+/* RingReader.wait. */
+int lab_ring_wait(struct ring *ring, i64 timeout_ns)
+{
+	return wait_until(ring, now_ns() + (u64)timeout_ns, NULL);
 }
 
 /* Hands the room behind us back; -1 where somebody else has moved the consumer's position. */
@@ -178,6 +194,55 @@ static inline i64 take(struct ring *ring, u8 *out, u64 room, u64 most, u64 size,
 i64 lab_ring_take(struct ring *ring, u8 *out, u64 most, u64 size)
 {
 	return take(ring, out, 0, most, size, NULL);
+}
+
+/* RingReader.in_place: how many records of this size stand ready in a row, so many at most; those
+ * that were given back are passed in front of them, and end the row.
+ */
+i64 lab_ring_ready(struct ring *ring, u64 size, u64 most)
+{
+	u64 end, position = ring->position, slot = slot_of(size), ready = 0;
+
+	ring->refused = -1;
+	end = atomic_load_explicit(ring->producer, memory_order_acquire);
+	for (; ready < most && position < end; position += slot) {
+		u32 header = header_of(record_at(ring, position));
+
+		if ((header & LENGTH) != size) {
+			ring->refused = header & LENGTH;
+			break;
+		}
+		if ((header & BUSY) || slot > end - position || (ready && (header & DISCARDED)))
+			break;
+		if (header & DISCARDED)
+			ring->discarded++;
+		else
+			ready++;
+	}
+	return hand_back(ring, position - ready * slot) ? -1 : (i64)ready;
+}
+
+/* Behind RingReader.in_place: gives so many bytes back; -1: somebody else reads the ring. */
+int lab_ring_hand_back(struct ring *ring, u64 bytes)
+{
+	return hand_back(ring, ring->position + bytes);
+}
+
+/* RingReader.each: calls a function for what stands in the ring now; how many records there were. */
+i64 lab_ring_each(struct ring *ring, u64 size, void (*each)(const u8 *record, void *state),
+		  void *state)
+{
+	u64 end = atomic_load_explicit(ring->producer, memory_order_acquire), slot = slot_of(size);
+	i64 some = 0, done = 0;
+
+	while (ring->position < end && (some = lab_ring_ready(ring, size, PIECE / slot + 1)) > 0) {
+		for (i64 i = 0; i < some; i++)
+			each(record_at(ring, ring->position + (u64)i * slot) + HEADER, state);
+		if (lab_ring_hand_back(ring, (u64)some * slot))
+			return -1;
+		done += some;
+	}
+	return some < 0 ? -1 : done;
 }
 
 /* RingReader.read_any. */
@@ -538,29 +603,60 @@ struct follow {
 	i64 *expected;
 	i64 *produced_before;
 	i64 *dropped_before;
-	u64 unread;   // bytes in the ring before this batch
-	u64 applied;  // fewer than were taken where the rows are used up
-	i64 gap;      // as lab_events_number answers
+	struct lock lock;
+	u64 gather_ns;  // so long from the first event on, others are taken as they come
+	u64 timer_ns;   // the longest sleep between two looks at the ring
+	u64 unread;     // the most bytes that stood in the ring before a look
+	u64 applied;    // fewer than were taken where the rows are used up
+	i64 gap;        // as lab_events_number answers, of any of them
 };
 
-/* RingEvents._take: how many events were taken; -1: somebody else reads the ring. */
-i64 lab_follow(struct follow *follow)
+/* One look at the ring: how many events were taken; -1: somebody else reads the ring. */
+static i64 follow_once(struct follow *follow, u64 done)
 {
+	u8 *events = follow->events + done * follow->event_bytes;
+	u64 unread = atomic_load_explicit(follow->ring->producer, memory_order_relaxed) -
+		     follow->ring->position;
 	i64 taken;
+	int gap;
 
-	follow->unread = atomic_load_explicit(follow->ring->producer, memory_order_relaxed) -
-			 follow->ring->position;
-	follow->applied = 0;
-	follow->gap = 0;
-	taken = lab_ring_take(follow->ring, follow->events, follow->most, follow->event_bytes);
+	if (unread > follow->unread)
+		follow->unread = unread;
+	taken = lab_ring_take(follow->ring, events, follow->most - done, follow->event_bytes);
 	if (taken <= 0)
 		return taken;
-	follow->gap = lab_events_number(follow->events, follow->event_bytes, (u64)taken, follow->cpus,
-					follow->sources, follow->expected, follow->produced_before,
-					follow->dropped_before);
-	if (follow->gap >= 0)
-		follow->applied = lab_table_apply(follow->table, follow->events,
-						  (i64)follow->event_bytes, follow->value_at,
-						  (u64)taken, follow->fresh);
+	gap = lab_events_number(events, follow->event_bytes, (u64)taken, follow->cpus, follow->sources,
+				follow->expected, follow->produced_before, follow->dropped_before);
+	follow->gap = gap ? gap : follow->gap;
+	if (gap >= 0)
+		follow->applied += lab_table_apply(follow->table, events, (i64)follow->event_bytes,
+						   follow->value_at, (u64)taken, follow->fresh + done);
 	return taken;
+}
+
+/* RingEvents._take: how many events were taken; -1: somebody else reads the ring. What is unusual
+ * ends it early: missing numbers, used up rows, records of another size, a signal.
+ */
+i64 lab_follow(struct follow *follow)
+{
+	u64 done = 0, end = 0;
+
+	follow->unread = follow->applied = 0;
+	follow->gap = 0;
+	for (;;) {
+		i64 taken = follow_once(follow, done);
+		u64 now;
+
+		if (taken < 0)
+			return taken;
+		done += (u64)taken;
+		if (!done || !follow->gather_ns || done == follow->most || follow->applied < done ||
+		    follow->gap || follow->ring->refused >= 0)
+			return (i64)done;
+		now = now_ns();
+		end = end ? end : now + follow->gather_ns;
+		if (now >= end ||
+		    wait_until(follow->ring, least(end, now + follow->timer_ns), &follow->lock) < 0)
+			return (i64)done;
+	}
 }

@@ -1,9 +1,9 @@
 """The event path in C: ``native.c`` beside this file, compiled at first use and loaded by ctypes.
 
-The interpreter's lock is given back while a ring is waited for and read. What touches a replica
-keeps it, so that another thread which reads there finds each row whole. Where the file cannot be
-compiled, or ``LABKIT_NATIVE=0``, NumPy does the same, slower: `compiled` is the one place where
-this is decided, and `state` says how it came out.
+The interpreter's lock is given back while a ring is waited for, and while its reader reads it.
+What touches a replica keeps it, so that another thread which reads there finds each row whole.
+Where the file cannot be compiled, or ``LABKIT_NATIVE=0``, NumPy does the same, slower: `compiled`
+is the one place where this is decided, and `state` says how it came out.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ _DIGEST_BYTES: Final = 32
 class Ring(Structure):
     """``struct ring``: a mapped ring, and where we read on."""
 
+    mapped: object
     _fields_ = (
         ("consumer", c_void_p),
         ("producer", c_void_p),
@@ -116,6 +117,10 @@ class Follow(Structure):
         ("expected", c_void_p),
         ("produced_before", c_void_p),
         ("dropped_before", c_void_p),
+        ("give_back", c_void_p),
+        ("take", c_void_p),
+        ("gather_ns", c_uint64),
+        ("timer_ns", c_uint64),
         ("unread", c_uint64),
         ("applied", c_uint64),
         ("gap", c_int64),
@@ -125,6 +130,9 @@ class Follow(Structure):
 _FUNCTIONS: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "lab_ring_wait": (c_int, (POINTER(Ring), c_int64)),
     "lab_ring_take": (c_int64, (POINTER(Ring), c_void_p, c_uint64, c_uint64)),
+    "lab_ring_ready": (c_int64, (POINTER(Ring), c_uint64, c_uint64)),
+    "lab_ring_hand_back": (c_int, (POINTER(Ring), c_uint64)),
+    "lab_ring_each": (c_int64, (POINTER(Ring), c_uint64, c_void_p, c_void_p)),
     "lab_ring_take_any": (c_int64, (POINTER(Ring), c_void_p, c_uint64, c_void_p, c_uint64)),
     "lab_table_find": (None, (POINTER(Table), c_void_p, c_int64, c_uint64, c_void_p)),
     "lab_table_index": (None, (POINTER(Table), c_uint64)),
@@ -161,6 +169,15 @@ def state() -> str:
 def address(array: npt.NDArray[Any]) -> int:
     """Address of an array's first element; the array has to outlive its use."""
     return array.ctypes.data
+
+
+def lock_functions() -> dict[str, int | None]:
+    """What gives the interpreter's lock back and takes it again, as `Follow` has it."""
+    names = {"give_back": "PyEval_SaveThread", "take": "PyEval_RestoreThread"}
+    return {
+        field: ctypes.cast(getattr(ctypes.pythonapi, name), c_void_p).value
+        for field, name in names.items()
+    }
 
 
 def bound(path: Path) -> Any:

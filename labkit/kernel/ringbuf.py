@@ -20,6 +20,7 @@ import platform
 import select
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_int, c_size_t, c_void_p
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
@@ -32,6 +33,7 @@ from labkit.kernel import libbpf, native
 from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map, map_error
+from labkit.kernel.record_handler import RecordHandler
 
 BUSY: Final = 1 << 31
 """Header bit of a record that its producer has reserved but not yet handed over."""
@@ -48,6 +50,8 @@ WAKEUPS: Final = {"default": 0, "always": 1, "every-n": 2, "adaptive": 3, "never
 _LENGTH: Final = DISCARDED - 1
 # Headers and copies go in pieces that stay in the CPU's cache between the two passes.
 _PIECE: Final = 32_768
+# Records in place are few enough that their bytes, walked once, are in the CPU's cache when read.
+_IN_PLACE_BYTES: Final = 1 << 20
 # How long to look away from a record that is still being written, seconds.
 _BUSY_PAUSE_S: Final = 50e-6
 _POLL_LIMIT_MS: Final = 60_000
@@ -136,6 +140,28 @@ class Layout:
         """Bytes of the record at a position; a view."""
         at = self._start + (position & self._mask) + HEADER_BYTES
         return np.frombuffer(self._data, np.uint8, count=length, offset=at)
+
+    def view(self, position: int, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """See records in a row, where they stand.
+
+        Parameters
+        ----------
+        position : int
+            Of the first, bytes since the ring was made.
+        count : int
+            How many; they must be ready.
+        dtype : dtype
+            Of a payload.
+
+        Returns
+        -------
+        numpy.ndarray
+            Shape ``(count,)``, strided and read-only.
+        """
+        at = self._start + (position & self._mask) + HEADER_BYTES
+        seen: npt.NDArray[Any] = np.ndarray((count,), dtype, self._data, at, (self.slot,))
+        seen.flags.writeable = False
+        return seen
 
     def take(self, position: int, end: int, out: npt.NDArray[np.void]) -> tuple[int, int]:
         """Copy one piece of the records between two positions.
@@ -433,6 +459,66 @@ class RingReader(Closing):
         self._consumed += taken if self._native is None else 0
         return Records(data, places[:taken])
 
+    @contextmanager
+    def in_place(self) -> Iterator[npt.NDArray[Any]]:
+        """Records where they stand in the ring, without a copy; never blocks.
+
+        The producer gets their room back when the block ends, and not if it ends by an exception:
+        then they come again.
+
+        Yields
+        ------
+        numpy.ndarray
+            A view of the records in a row that stand ready, read-only and strided; empty if there
+            are none. **It is of no meaning once the block has ended.**
+
+        Raises
+        ------
+        BadInput
+            The reader is closed or no native one, or the ring holds a record of another size.
+        SharedRing
+            Another consumer, of any process, has read from the ring.
+        """
+        self._check_open()
+        if self._native is None:
+            raise BadInput(f"Records are read in place by consumer='native' ({native.state()}).")
+        layout, consumer = self._layout, self._native
+        ready = consumer.ready(self._dtype.itemsize)
+        if ready <= 0:
+            self.took(ready)
+        yield layout.view(consumer.ring.position, ready, self._dtype)
+        self.took(ready if consumer.hand_back(ready * layout.slot) == 0 else -1)
+
+    def each(self, handler: RecordHandler) -> int:
+        """Have a compiled function take what is in the ring now; never blocks.
+
+        Parameters
+        ----------
+        handler : RecordHandler
+            Of the reader's dtype (`labkit.kernel.record_handler.record_handler`).
+
+        Returns
+        -------
+        int
+            How many records there were.
+
+        Raises
+        ------
+        BadInput
+            The reader is closed or no native one, the handler is for other records, or the ring
+            holds a record of another size.
+        SharedRing
+            Another consumer, of any process, has read from the ring.
+        """
+        self._check_open()
+        if self._native is None:
+            raise BadInput(f"A handler is called by consumer='native' ({native.state()}).")
+        if handler.dtype != self._dtype:
+            raise BadInput(f"This handler is for records of {handler.dtype}, not {self._dtype}.")
+        taken = self._native.each(handler)
+        self.took(taken)
+        return taken
+
     @property
     def ring(self) -> native.Ring | None:
         """The ring as compiled code reads it, which then says so by `took`; None: it cannot."""
@@ -684,7 +770,6 @@ class _NativeConsumer:
     ) -> None:
         library = native.compiled()
         assert library is not None
-        self._mapped = consumer, producer, layout
         self.ring = native.Ring(
             consumer=native.address(consumer),
             producer=native.address(producer),
@@ -694,9 +779,11 @@ class _NativeConsumer:
             refused=-1,
             fd=fd,
         )
+        self.ring.mapped = consumer, producer, layout  # stay as long as it does
         self._at = ctypes.byref(self.ring)
         self._take, self._take_any = library.lab_ring_take, library.lab_ring_take_any
-        self._wait = library.lab_ring_wait
+        self._wait, self._ready = library.lab_ring_wait, library.lab_ring_ready
+        self._hand_back, self._each = library.lab_ring_hand_back, library.lab_ring_each
 
     def take(self, out: npt.NDArray[Any]) -> int:
         """Fill an array with records of its size; -1: somebody else reads the ring."""
@@ -708,6 +795,19 @@ class _NativeConsumer:
             self._at, native.address(out), len(out), native.address(places), len(places)
         )
         return int(taken), self.ring.refused
+
+    def ready(self, size: int) -> int:
+        """Records of a size that stand ready in a row; -1: somebody else reads the ring."""
+        return int(self._ready(self._at, size, _IN_PLACE_BYTES // slot_bytes(size) or 1))
+
+    def each(self, handler: RecordHandler) -> int:
+        """Have a compiled function take what there is; -1: somebody else reads the ring."""
+        size, state = handler.dtype.itemsize, native.address(handler.state)
+        return int(self._each(self._at, size, handler.address, state))
+
+    def hand_back(self, size: int) -> int:
+        """Give so many bytes back; -1: somebody else reads the ring."""
+        return int(self._hand_back(self._at, size))
 
     def wait(self, seconds: float) -> int:
         """1 with a record, 0 without one in time, else a negative error number."""

@@ -18,8 +18,9 @@ from typing import Any
 import pandas as pd
 from IPython.display import DisplayHandle, display
 
+from labkit import figures, runs
 from labkit.errors import BadInput, LabError, Unavailable
-from labkit.figures import as_png
+from labkit.figures import Drawing, as_png
 from labkit.judge.claims import Ledger
 from labkit.judge.findings import FindingFailed
 from labkit.kernel import probe
@@ -298,11 +299,26 @@ class Investigation:
         except Exception as error:
             self._failed(subject, error)
             return
-        about = f"Figure of {run.experiment}: {subject.question}"
-        _display(
-            {"image/png": picture, "text/plain": about},
-            {"image/png": {"alt": about}, KEY_FIGURE: key},
-        )
+        _show_picture(picture, f"Figure of {run.experiment}: {subject.question}", key=key)
+
+    def draw_benchmark(self, name: str, drawing: Drawing, about: str) -> None:
+        """Draw the newest recorded run of a benchmark with bars; the full profile goes first.
+
+        Parameters
+        ----------
+        name : str
+            ``bench-kernel`` or ``bench-sync``.
+        drawing : callable
+            Takes the run and draws it.
+        about : str
+            What it shows, in a sentence.
+        """
+        found = runs.recorded(name, profile="full") or runs.recorded(name, profile="quick")
+        if not found:
+            _show(_banner(said := f"There is no recorded run of {name}."), said)
+            return
+        newest = max(found, key=lambda run: str(run.provenance["recorded_at"]))
+        _show_picture(as_png(figures.draw(drawing, newest)), about)
 
     def conclude(self, run: Run | None) -> None:
         """Judge the run and show its finding; `assert_findings` demands it later.
@@ -512,6 +528,13 @@ def _display(
         bundle, raw=True, display_id=True, metadata=metadata
     )
     return handle
+
+
+def _show_picture(picture: bytes, about: str, *, key: bool = False) -> None:
+    _display(
+        {"image/png": picture, "text/plain": about},
+        {"image/png": {"alt": about}, KEY_FIGURE: key},
+    )
 
 
 def _show(html: str, text: str) -> None:

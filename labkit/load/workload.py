@@ -34,7 +34,7 @@ _LEAD_NS = 3_000_000  # from the writer's word that it stands ready to its first
 _SETTLE_S = 10.0
 _FLOOR_CALLS = 2_000
 _NAP_NS = 300_000  # before a switch is due its writer is awake, as a sleep may end late
-_QUIET_S = 0.015  # longer than the poll intervals and timers of the strategies that are compared
+QUIET_S = 0.015  # longer than the poll intervals and timers of the strategies that are compared
 
 WRITERS = ("program", "process")
 """``program``: a kernel program that writes and emits events. ``process``: one that updates the
@@ -609,7 +609,7 @@ def _follow(
     while not done():
         if child.ended() and not done():
             child.result(0.1)  # it says why
-        some = strategy.poll(_QUIET_S)
+        some = strategy.poll(QUIET_S)
         if len(some):
             news.append(some)
     spent = time.thread_time_ns() - cpu, time.monotonic_ns() - wall
@@ -617,7 +617,7 @@ def _follow(
     while quiet < 2:
         if time.monotonic() > deadline:
             raise TimedOut("The follower did not come to rest after the last write.")
-        some = strategy.poll(_QUIET_S)
+        some = strategy.poll(QUIET_S)
         if len(some):
             news.append(some)
             # What it has still to do when the writer is done is its work as well.

@@ -96,8 +96,9 @@ class Replica:
         self._numbered = 0  # changes so far, where values have no version
         self.change_dtype = change_dtype(self.key_dtype, self.value_dtype)
         self._library = native.compiled()
-        self._used = self._live = 0
-        self._complete_ns = 0  # when the newest complete snapshot began
+        # Rows and slots as compiled code takes them, and what it counts as well as we do.
+        self._table = native.Table()
+        self.shared = ctypes.pointer(self._table)
         # Rows; the compiled code keeps as many bits of their keys beside each.
         self._slot_dtype = np.int32 if self._library is None else np.int64
         self._slots = np.full(_SLOTS_PER_ROW * _LEAST_ROWS, _EMPTY, self._slot_dtype)
@@ -105,7 +106,7 @@ class Replica:
         self._hold(np.zeros(_LEAST_ROWS, _row_dtype(table.key_size, self.value_dtype)))
 
     def __len__(self) -> int:
-        return self._live
+        return int(self._table.live)
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +116,8 @@ class Replica:
     @property
     def crowded(self) -> bool:
         """Whether rows of absent keys are many: a resync from a complete snapshot forgets some."""
-        return self._used - self._live > max(_FEW_TOMBSTONES, 2 * self._live)
+        live = len(self)
+        return int(self._table.used) - live > max(_FEW_TOMBSTONES, 2 * live)
 
     # -- reading -----------------------------------------------------------------------
 
@@ -129,7 +131,7 @@ class Replica:
 
     def contents(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint64], npt.NDArray[Any]]:
         """Keys, versions and values of all keys that are present, in no order."""
-        here = np.flatnonzero(self._present[: self._used])
+        here = np.flatnonzero(self._present[: self._table.used])
         rows = self._rows[here]
         return self._as_keys(rows), rows["version"].copy(), rows["value"].copy()
 
@@ -163,10 +165,10 @@ class Replica:
         BadInput
             The replica is not empty: use `resync`.
         """
-        if self._used:
+        if self._table.used:
             raise BadInput("This replica holds keys already: bring it up to date by resync.")
         if snapshot.complete:
-            self._complete_ns = started_ns
+            self._table.complete_ns = started_ns
         count = len(snapshot)
         rows = np.zeros(max(count, _LEAST_ROWS), self._rows.dtype)
         for column, word in zip(rows["key"].T, self._as_words(snapshot.keys), strict=True):
@@ -179,7 +181,7 @@ class Replica:
             new["version"] = versions_of(snapshot.values, self._field)
         new["known"] = new["present"] = True
         new["seen_ns"] = time.monotonic_ns()
-        self._used = self._live = count
+        self._table.used = self._table.live = count
         self._hold(rows)
         self._index_anew()
 
@@ -233,13 +235,12 @@ class Replica:
         first, said = native.address(changes), native.address(fresh)
         while True:
             done += self._library.lab_table_apply(
-                self.shared(), first + done * stride, stride, self._value_at, count - done,
+                self.shared, first + done * stride, stride, self._value_at, count - done,
                 said + done,
             )  # fmt: skip
-            self.take_over()
             if done == count:
                 return fresh
-            self._grow(self._used + 1)
+            self._grow(self._table.used + 1)
 
     def _apply_by_numpy(self, changes: Changes) -> Bools:
         count = len(changes)
@@ -274,8 +275,8 @@ class Replica:
             target = rows[chosen]
         self._known[target] = True
         self._versions[target] = version[chosen]
-        self._live -= int(np.count_nonzero(self._present[target]))
-        self._live += int(np.count_nonzero(~deletes[chosen]))
+        self._table.live -= int(np.count_nonzero(self._present[target]))
+        self._table.live += int(np.count_nonzero(~deletes[chosen]))
         self._present[target] = ~deletes[chosen]
         self._values[target] = changes["value"][chosen]
         now = time.monotonic_ns()
@@ -285,7 +286,7 @@ class Replica:
 
     def _all_in_order(self, changes: Changes, rows: Rows) -> bool:
         """Whether each change is newer than all before it of its key, deletes apart."""
-        order = _grouped(rows, self._used)
+        order = _grouped(rows, self._table.used)
         row, version = rows[order], changes["version"][order]
         further = row[1:] == row[:-1]
         if (further & (version[1:] <= version[:-1])).any():
@@ -301,7 +302,7 @@ class Replica:
         self, changes: Changes, rows: Rows, deletes: Bools
     ) -> tuple[Bools, npt.NDArray[np.uint64]]:
         """Which changes are newer than all before them of their key, and their versions."""
-        order = _grouped(rows, self._used)
+        order = _grouped(rows, self._table.used)
         row, delete = rows[order], deletes[order].astype(np.uint64)
         version = changes["version"][order]
         committed = changes["committed_ns"][order]
@@ -355,7 +356,7 @@ class Replica:
         Resynced
             The changes, and the writes that they stand for; a key that was forgotten is a new one.
         """
-        before_ns = self._complete_ns
+        before_ns = self._table.complete_ns
         compare = self._compare_by_numpy if self._library is None else self._compare
         if self._field is None:
             versions = self._numbers_of_differing(snapshot)
@@ -368,8 +369,8 @@ class Replica:
             self._missing_ns[rows] = started_ns
         absent = np.zeros(0, np.int64)
         if snapshot.complete:
-            self._complete_ns = max(started_ns, 1)
-            used = slice(0, self._used)
+            self._table.complete_ns = max(started_ns, 1)
+            used = slice(0, self._table.used)
             missing = self._present[used] & (self._seen_ns[used] < np.uint64(started_ns))
             missing[rows] = False
             absent = np.flatnonzero(missing)
@@ -383,8 +384,8 @@ class Replica:
             self._versions[absent],
         )
         self._present[absent] = False
-        self._live -= len(absent)
-        self._missing_ns[absent] = self._complete_ns
+        self._table.live -= len(absent)
+        self._missing_ns[absent] = self._table.complete_ns
         now = time.monotonic_ns()
         self._seen_ns[rows[newer]] = self._seen_ns[absent] = now
         changes["seen_ns"] = now
@@ -409,10 +410,9 @@ class Replica:
             newer=native.address(newer),
         )
         while diff.done < count:
-            self._library.lab_table_diff(self.shared(), ctypes.byref(diff))
-            self.take_over()
+            self._library.lab_table_diff(self.shared, ctypes.byref(diff))
             if diff.done < count:
-                self._grow(self._used + 1)
+                self._grow(self._table.used + 1)
         return rows, newer[: diff.news], int(diff.steps)
 
     def _compare_by_numpy(
@@ -430,7 +430,7 @@ class Replica:
         step = (versions[newer] - known[newer]).astype(np.int64)
         inferred = self._known[target] & ~self._present[target] & (self._missing_ns[target] > 0)
         step -= inferred.astype(np.int64)
-        self._live += int(np.count_nonzero(~self._present[target]))
+        self._table.live += int(np.count_nonzero(~self._present[target]))
         self._known[target] = True
         self._versions[target] = versions[newer]
         self._present[target] = True
@@ -449,12 +449,12 @@ class Replica:
 
     def _forget(self, seen: Rows, before_ns: int) -> None:
         """Drop rows of absent keys that changed before then; not those that a snapshot showed."""
-        used = slice(0, self._used)
+        used = slice(0, self._table.used)
         kept = self._present[used] | (self._seen_ns[used] >= np.uint64(before_ns))
         kept[seen] = True
-        self._used = int(np.count_nonzero(kept))
-        rows = np.zeros(max(self._used, _LEAST_ROWS), self._rows.dtype)
-        rows[: self._used] = self._rows[used][kept]
+        self._table.used = int(np.count_nonzero(kept))
+        rows = np.zeros(max(self._table.used, _LEAST_ROWS), self._rows.dtype)
+        rows[: self._table.used] = self._rows[used][kept]
         self._hold(rows)
         self._latest = np.empty(0, np.int64)
         self._index_anew()
@@ -478,28 +478,12 @@ class Replica:
     def _share(self) -> None:
         """Tell the compiled code where everything is."""
         self._value_at = self.change_dtype.fields["value"][1]  # type: ignore[index]
-        self._table = native.Table(
-            rows=native.address(self._rows),
-            slots=native.address(self._slots),
-            mask=len(self._slots) - 1,
-            room=len(self._rows),
-            row_bytes=self._rows.dtype.itemsize,
-            key_bytes=self.key_dtype.itemsize,
-            words=len(self._keys),
-            value_at=self._rows.dtype.fields["value"][1],  # type: ignore[index]
-            value_bytes=self.value_dtype.itemsize,
-        )
-        self._table_at = ctypes.pointer(self._table)
-
-    def shared(self) -> Any:
-        """Rows and slots as compiled code takes them; `take_over` follows its use."""
-        self._table.used, self._table.live = self._used, self._live
-        self._table.complete_ns = self._complete_ns
-        return self._table_at
-
-    def take_over(self) -> None:
-        """Take the account of compiled code over."""
-        self._used, self._live = self._table.used, self._table.live
+        table = self._table
+        table.rows, table.room = native.address(self._rows), len(self._rows)
+        table.slots, table.mask = native.address(self._slots), len(self._slots) - 1
+        table.row_bytes, table.key_bytes = self._rows.dtype.itemsize, self.key_dtype.itemsize
+        table.words, table.value_bytes = len(self._keys), self.value_dtype.itemsize
+        table.value_at = self._rows.dtype.fields["value"][1]  # type: ignore[index]
 
     # -- the index ---------------------------------------------------------------------
 
@@ -531,7 +515,7 @@ class Replica:
             return self._find_by_numpy(self._as_words(keys))
         packed, rows = np.ascontiguousarray(keys), np.empty(len(keys), np.int64)
         self._library.lab_table_find(
-            self.shared(), native.address(packed), self.key_dtype.itemsize, len(rows),
+            self.shared, native.address(packed), self.key_dtype.itemsize, len(rows),
             native.address(rows),
         )  # fmt: skip
         return rows
@@ -570,13 +554,13 @@ class Replica:
             joined = new[0] if len(new) == 1 else np.stack(new, axis=1).view(f"V{8 * len(new)}")
             _, first, which = np.unique(joined.reshape(-1), return_index=True, return_inverse=True)
             new = [word[first] for word in new]
-        added = np.arange(self._used, self._used + len(new[0]))
-        if self._used + len(added) > len(self._rows):
-            self._grow(self._used + len(added))
+        added = np.arange(self._table.used, self._table.used + len(new[0]))
+        if self._table.used + len(added) > len(self._rows):
+            self._grow(self._table.used + len(added))
         for column, word in zip(self._keys, new, strict=True):
             column[added] = word
-        self._missing_ns[added] = self._complete_ns
-        self._used += len(added)
+        self._missing_ns[added] = self._table.complete_ns
+        self._table.used += len(added)
         self._index(added)
         rows[missing] = added[which]
         return rows
@@ -598,14 +582,14 @@ class Replica:
         self._slots = np.full(_SLOTS_PER_ROW << bits, _EMPTY, self._slot_dtype)
         self._share()
         if self._library is None:
-            self._index(np.arange(self._used))
+            self._index(np.arange(self._table.used))
         else:
-            self._library.lab_table_index(self.shared(), 0)
+            self._library.lab_table_index(self.shared, 0)
 
     def _grow(self, rows: int) -> None:
         """Make room for that many rows at least, and for as many again as there are."""
-        larger = np.zeros(max(rows, 2 * self._used), self._rows.dtype)
-        larger[: self._used] = self._rows[: self._used]
+        larger = np.zeros(max(rows, 2 * self._table.used), self._rows.dtype)
+        larger[: self._table.used] = self._rows[: self._table.used]
         self._hold(larger)
         if _SLOTS_PER_ROW * len(larger) > len(self._slots):
             self._index_anew()

@@ -30,6 +30,7 @@ _LOOK_AFTER_S = 0.001
 # Where program and CPU stand in an event, as words of 8 bytes (the byte before them is the kind).
 _WHO_AT = 3
 _WHO = np.uint64(0xFFFF_FF00)
+_LONGEST_GATHER_S = 1.0  # no longer does a signal wait that comes just before a sleep
 MOST_EVENTS = 65_536
 """Events that are read and applied at once, at most."""
 
@@ -94,8 +95,8 @@ class RingEvents(Strategy):
     emit no event. That something was dropped shows in the programs' counters and in the
     sequence of the events; then the map is read whole, and the replica has every key at the
     version it was at when the reading began, or a newer one. This happens, in the middle of a
-    busy stream too, within ``timer_s`` + 1 ms + max(``resync_gap_s``, duration of the resync
-    before) + duration of one resync, while `poll` is called.
+    busy stream too, within ``timer_s`` + ``gather_s`` + 1 ms + max(``resync_gap_s``, duration of
+    the resync before) + duration of one resync, while `poll` is called.
 
     Parameters
     ----------
@@ -106,8 +107,9 @@ class RingEvents(Strategy):
     timer_s : float
         The longest sleep between two reads, seconds: the latency where a program wakes nobody.
     gather_s : float
-        How long to let events gather once there is one, seconds: batches grow, and CPU per
-        change falls.
+        How long `poll` goes on from the first change that it hands out, seconds, 1 at most. The
+        replica has each one as it comes; only its way through Python is shared by many, so that
+        CPU per change falls.
     resync_gap_s : float
         At least so long from the end of one resync to the next, seconds: under a writer that
         overruns the ring all the time, reading the map must not become all that is done.
@@ -151,7 +153,9 @@ class RingEvents(Strategy):
             raise BadInput("A timer of 0 s would never sleep: give more.")
         self._channel = channel
         self._timer_s = timer_s
-        self._gather_s = bounded(gather_s)
+        if not bounded(gather_s) <= _LONGEST_GATHER_S:
+            raise BadInput(f"Changes are gathered for {_LONGEST_GATHER_S:g} s at most: give less.")
+        self._gather_s = gather_s
         self._resync_gap_s = bounded(resync_gap_s)
         self._reader: RingReader | None = None
         self._resync_at = _NEVER  # when the next one is due, by time.monotonic
@@ -296,8 +300,7 @@ class RingEvents(Strategy):
         while True:
             now = time.monotonic()
             until = min(deadline, self._pull_at(), now + self._timer_s)
-            if self._reader.wait(max(0.0, until - now)) and self._gather_s:
-                time.sleep(self._gather_s)
+            self._reader.wait(max(0.0, until - now))
             news = self._take()
             if self._pull_at() <= time.monotonic():
                 news = np.concatenate([news, self._pull()], dtype=self._change)
@@ -309,14 +312,8 @@ class RingEvents(Strategy):
         assert self._reader is not None
         if self._native is not None:
             news, lost, unread = self._take_natively(self._native, self._reader)
-        elif unread := self._reader.unread_bytes:
-            events = self._read(min(unread // self._slot + 1, MOST_EVENTS))
-            lost = bool(len(events)) and self._number(events)
-            if self._version is None:
-                self.replica.number(events)
-            news = self._apply(events.view(self._change))
         else:
-            news, lost = self._nothing(), False
+            news, lost, unread = self._take_by_numpy(self._reader)
         now = time.monotonic()
         # A full ring cannot have become less than half full since: there is no other reader.
         if lost or not unread or unread > self._half_bytes or now >= self._look_at:
@@ -340,6 +337,7 @@ class RingEvents(Strategy):
         expected, produced_before, dropped_before = self._account
         return native.Follow(
             ring=ctypes.pointer(ring),
+            table=self.replica.shared,
             events=native.address(self._events),
             most=MOST_EVENTS,
             event_bytes=self._event.itemsize,
@@ -350,6 +348,9 @@ class RingEvents(Strategy):
             expected=expected,
             produced_before=produced_before,
             dropped_before=dropped_before,
+            gather_ns=round(1e9 * self._gather_s),
+            timer_ns=round(1e9 * self._timer_s),
+            **native.lock_functions(),
         )
 
     def _take_natively(
@@ -357,9 +358,7 @@ class RingEvents(Strategy):
     ) -> tuple[Changes, bool, int]:
         """Answers the news, whether a number is missing, and the bytes that were unread before."""
         assert self._library is not None
-        follow.table = self.replica.shared()
         taken: int = self._library.lab_follow(follow)
-        self.replica.take_over()
         reader.took(taken)
         if follow.gap < 0:
             raise self._of_nobody()
@@ -367,6 +366,23 @@ class RingEvents(Strategy):
         if applied < taken:
             fresh[applied:] = self.replica.apply(changes[applied:])
         return self._count_news(changes, fresh).copy(), follow.gap > 0, follow.unread
+
+    def _take_by_numpy(self, reader: RingReader) -> tuple[Changes, bool, int]:
+        """The same without compiled code."""
+        parts, lost, most, end = [self._nothing()], False, 0, _NEVER
+        while True:
+            if unread := reader.unread_bytes:
+                events = self._read(min(unread // self._slot + 1, MOST_EVENTS))
+                lost |= bool(len(events)) and self._number(events)
+                if self._version is None:
+                    self.replica.number(events)
+                parts.append(self._apply(events.view(self._change)))
+                most = max(most, unread)
+            now = time.monotonic()
+            if len(parts) == 1 or lost or now >= (end := min(end, now + self._gather_s)):
+                break
+            reader.wait(min(end - now, self._timer_s))
+        return np.concatenate(parts, dtype=self._change), lost, most
 
     def _read(self, room: int) -> npt.NDArray[Any]:
         """Take so many events from the ring at most; the array is the caller's."""

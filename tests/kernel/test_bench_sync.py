@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from experiments.bench import bench_sync
+from experiments import go_program
+from experiments.bench import bench_sync, peers
 from experiments.bench.sync_bars import (
     APPLY,
     BCC,
@@ -12,10 +15,15 @@ from experiments.bench.sync_bars import (
     CLOCK,
     EMPTY_POLL,
     EVENTS,
+    GO,
     OURS,
+    OURS_BESIDE,
     POLL,
     READ,
+    C,
 )  # fmt: skip
+from experiments.go_program import LIBRARIES
+from labkit.kernel.tools import find_tool
 from labkit.load.workload import Stream
 
 pytestmark = [
@@ -46,6 +54,30 @@ def test_events_are_sooner_than_a_poll() -> None:
     assert (table["unseen"] == 0).all()
     median = table.groupby("strategy")["p50_ns"].median()
     assert median[EVENTS] < median[POLL]
+
+
+def test_peers_follow_as_we_do() -> None:
+    table = bench_sync.beside((1_000, 20_000), seconds=0.1, keys=50, rounds=1)
+    followers = set(table["follower"])
+    assert {OURS_BESIDE, C} <= followers
+    assert (GO in followers) == go_is_here()
+    assert len(table) == len(followers) * len(bench_sync.POLICIES) * 2
+    assert (table["operations"] == table["delivered"] + table["dropped"]).all()
+    assert (table["unseen"] == 0).all() and (table["cpu_ns"] > 0).all()
+
+
+def go_is_here() -> bool:
+    return find_tool("go") is not None and (LIBRARIES / "github.com/cilium/ebpf").is_dir()
+
+
+def test_without_go_its_rows_are_left_out_with_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(go_program, "LIBRARIES", tmp_path)
+    with peers.running(cpu=0) as found:
+        assert [peer.name for peer in found] == [C]
+    said = capfd.readouterr().err
+    assert f"without {GO}: " in said and "missing" in said
 
 
 def test_the_search_finds_a_rate_for_every_way() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -147,6 +149,8 @@ def test_arguments_are_checked(table: Map, channel: Channel) -> None:
         RingEvents(channel, timer_s=0)
     with pytest.raises(BadInput, match="A wait is bounded"):
         RingEvents(channel, gather_s=float("inf"))
+    with pytest.raises(BadInput, match="gathered for 1 s at most"):
+        RingEvents(channel, gather_s=1.5)
     with Poll() as strategy:
         strategy.attach(table)
         for timeout_s in (-1.0, float("inf"), float("nan")):
@@ -256,6 +260,53 @@ def test_every_wakeup_policy_delivers_all(table: Map, channel: Channel, wakeup: 
             child.result()
         versions = np.concatenate(rows)["version"]
         assert np.array_equal(versions, script["version"])
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_the_replica_has_a_change_before_gathered_ones_are_handed_out(
+    table: Map, channel: Channel, monkeypatch: pytest.MonkeyPatch, off: bool
+) -> None:
+    if off:
+        monkeypatch.setenv(native.SWITCH, "0")
+    with (
+        EventWriter(table, channel, updates(3, 2)) as writer,
+        RingEvents(channel, gather_s=1.0) as strategy,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        replica = strategy.attach(table)
+        polled = pool.submit(strategy.poll, 10)
+        for written in range(6):
+            writer.write(1)
+            deadline = time.monotonic() + 5
+            while (found := replica.get(written % 3)) is None or found.version < 1 + written // 3:
+                assert time.monotonic() < deadline, "the replica never had it"
+            if written == 0:
+                assert len(replica) == 1 and not polled.done()
+        assert polled.result()["version"].tolist() == [1, 1, 1, 2, 2, 2]
+
+
+def test_a_signal_ends_the_gathering(table: Map, channel: Channel) -> None:
+    class Alarm(Exception):
+        pass
+
+    def ring(*_: object) -> None:
+        raise Alarm
+
+    with (
+        EventWriter(table, channel, updates(1, 1)) as writer,
+        RingEvents(channel, gather_s=1.0) as strategy,
+    ):
+        strategy.attach(table)
+        writer.write(1)
+        usual = signal.signal(signal.SIGALRM, ring)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            begun = time.monotonic()
+            with pytest.raises(Alarm):
+                strategy.poll(10)
+        finally:
+            signal.signal(signal.SIGALRM, usual)
+        assert time.monotonic() - begun < 0.9
 
 
 def test_a_schedule_is_kept_from_round_to_round(table: Map, channel: Channel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,8 @@ KEYS = ("u4", "u8", "V3", "V12", "V20", [("a", "u2"), ("b", "u8")])
 VALUES = ("u8", [("version", "u4"), ("rest", "V9")], [("version", ">u8")])
 FAR = 2**62  # a clock of our own, ahead of the replicas': what was seen lies before it
 LARGE = 2**58  # of versions: their steps are added up
+
+RACE = Path(__file__).with_name("ring_race.c")
 
 needs_native = pytest.mark.skipif(native.compiled() is None, reason=f"event path: {native.state()}")
 
@@ -135,9 +138,9 @@ class Twins:
 
     def compare(self) -> None:
         ours, theirs = self.ours, self.oracle
-        assert (len(ours), ours._used) == (len(theirs), theirs._used)
-        assert int(ours._present[: ours._used].sum()) == len(ours)
-        same_rows(ours._rows[: ours._used], theirs._rows[: theirs._used])
+        assert (len(ours), ours._table.used) == (len(theirs), theirs._table.used)
+        assert int(ours._present[: ours._table.used].sum()) == len(ours)
+        same_rows(ours._rows[: ours._table.used], theirs._rows[: theirs._table.used])
         for number in (0, 5, 11):
             found = key_of(number, self.key)
             key = found.tobytes() if self.key.kind == "V" and not self.key.names else found[0]
@@ -241,6 +244,7 @@ class FakeReader(RingReader):
         self._layout = Layout(ring.memory, FRONT, CAPACITY, ring.payload)
         self._position = ring.position
         self._libbpf = self._native = None
+        self._poller = select.poll()
         if consumer == "native":
             self._native = _NativeConsumer(
                 self._consumer_position, self._producer_position, self._layout, -1
@@ -312,6 +316,50 @@ def test_both_read_a_ring_alike(
 
 
 @needs_native
+@settings(max_examples=200, deadline=None)
+@given(
+    payload=st.sampled_from([1, 8, 12, 32, 100]), start=st.integers(0, 3 * CAPACITY // 8),
+    sent=records,
+)  # fmt: skip
+def test_records_in_place_are_those_that_are_read(payload: int, start: int, sent: Any) -> None:
+    ring = PlainRing(payload, 8 * start)
+    for content, state, size in sent:
+        if not ring.put(content, state, size):
+            break
+    ours, oracle = FakeReader(ring, "native"), FakeReader(ring, "numpy")
+    found, read, error = b"", b"", None
+    try:
+        while True:
+            with ours.in_place() as batch:
+                assert not batch.flags.writeable
+                found += batch.tobytes()
+            if not len(batch):
+                break
+    except BadInput as refused:
+        error = str(refused)
+    whole = outcome(oracle, "one size", 1_000)
+    while isinstance(whole, bytes) and whole:
+        read += whole
+        whole = outcome(oracle, "one size", 1_000)
+    assert found == read and (error is None) == (whole == b"")
+    assert error is None or whole == (BadInput, error)
+    assert ours.account() == oracle.account()
+
+
+@needs_native
+def test_records_in_place_come_again_after_an_exception() -> None:
+    ring = PlainRing(8)
+    assert ring.put(1) and ring.put(2)
+    reader = FakeReader(ring, "native")
+    with pytest.raises(ZeroDivisionError), reader.in_place() as batch:
+        len(batch) // 0
+    with reader.in_place() as batch:
+        assert len(batch) == 2
+    with pytest.raises(BadInput, match="consumer='native'"), FakeReader(ring, "numpy").in_place():
+        pass
+
+
+@needs_native
 def test_a_wait_for_what_is_no_ring_any_more_ends() -> None:
     reader = FakeReader(PlainRing(8), "native")
     assert reader._native is not None
@@ -378,8 +426,8 @@ def test_both_follow_numbers_alike(batches: Any, before: list[int], begin: int) 
 class WholeFollower(FakeFollower):
     """And a ring in plain memory, and a replica."""
 
-    def __init__(self, ring: PlainRing, *, compiled: bool) -> None:
-        self.ring = ring
+    def __init__(self, ring: PlainRing, *, compiled: bool, gather_s: float) -> None:
+        self.ring, self._gather_s, self._timer_s = ring, gather_s, 0.1
         super().__init__(np.zeros(PROGRAMS * CPUS, np.int64))
         self._replica, self._closed = Replica(layout("u8", "u8")), False
         self._event, self._change = EVENT, self._replica.change_dtype
@@ -425,12 +473,13 @@ class WholeFollower(FakeFollower):
         max_size=8,
     ),
     few=st.booleans(),
+    gather_s=st.sampled_from([0.0, 1e-5]),
 )
-def test_both_follow_a_ring_alike(batches: Any, few: bool) -> None:
+def test_both_follow_a_ring_alike(batches: Any, few: bool, gather_s: float) -> None:
     with mock.patch.object(replica_module, "_LEAST_ROWS", 2 if few else 1_024):
-        ours = WholeFollower(PlainRing(EVENT.itemsize), compiled=True)
+        ours = WholeFollower(PlainRing(EVENT.itemsize), compiled=True, gather_s=gather_s)
         with without_native():
-            oracle = WholeFollower(PlainRing(EVENT.itemsize), compiled=False)
+            oracle = WholeFollower(PlainRing(EVENT.itemsize), compiled=False, gather_s=gather_s)
     following = [0] * CPUS
     for batch in batches:
         for kind, key, version, cpu, state in batch:
@@ -448,8 +497,8 @@ def test_both_follow_a_ring_alike(batches: Any, few: bool) -> None:
             oracle.behind, oracle._delivered, oracle._coalesced,
         )  # fmt: skip
         assert ours.reader.account() == oracle.reader.account()
-        used = ours.replica._used
-        assert used == oracle.replica._used
+        used = ours.replica._table.used
+        assert used == oracle.replica._table.used
         same_rows(ours.replica._rows[:used], oracle.replica._rows[:used])
 
 
@@ -608,3 +657,26 @@ def test_the_sanitizers_have_nothing_to_say(tmp_path: Path) -> None:
     said = (done.stdout + done.stderr)[-4_000:]
     assert done.returncode == 0, said
     assert "passed" in said and "ERROR: AddressSanitizer" not in said
+
+
+def test_a_producer_and_its_reader_do_not_race(tmp_path: Path) -> None:
+    """The thread sanitizer finds nothing, and does find a planted race."""
+    program = tmp_path / "race"
+    for planted in (False, True):
+        for compiler in filter(None, map(tools.find_tool, ("clang-14", "clang", "gcc"))):
+            command = [compiler, "-std=gnu11", "-O1", "-g", "-pthread", "-fsanitize=thread"]
+            command += ["-DPLANTED"] * planted
+            command += [f'-DNATIVE="{native.SOURCE}"', str(RACE), "-o", str(program)]
+            if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+                break
+        else:
+            pytest.skip("no compiler here has the thread sanitizer")
+        # Of addresses chosen at random the sanitizer may not like some.
+        done = subprocess.run(
+            ["setarch", "-R", str(program)], capture_output=True, text=True, check=False, timeout=60
+        )
+        said = done.stdout + done.stderr
+        if "unexpected memory mapping" in said:
+            pytest.skip("the thread sanitizer does not run on this kernel")
+        assert ("WARNING: ThreadSanitizer: data race" in said) == planted, said[-2_000:]
+        assert "42857 records" in said, said[-2_000:]

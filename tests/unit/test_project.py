@@ -27,7 +27,9 @@ def pins_of_pyproject() -> dict[str, str]:
     extras = project["optional-dependencies"].values()
     pins = [*project["dependencies"], *(pin for extra in extras for pin in extra)]
     assert all(pin.count("==") == 1 for pin in pins), "every dependency is pinned by =="
-    return dict(pin.split("==") for pin in pins)
+    found = dict(pin.split("==") for pin in pins)
+    found.pop("numba")  # an extra that nobody has without asking for it
+    return found
 
 
 def pins_of_environment() -> dict[str, str]:

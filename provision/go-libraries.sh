@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Fetches the Go libraries of the benchmarks' peers from Debian sid, whatever suite this machine has,
+# and unpacks them below .lab: nothing is installed. Without them the benchmarks leave Go's rows out.
+
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+packages=(golang-github-cilium-ebpf-dev golang-golang-x-sys-dev)
+libraries=$LAB_STATE/go-libraries
+if [[ -d $libraries ]] || ! command -v apt-get >/dev/null || [[ ! -x $LAB_ROOT/.venv/bin/go ]]; then
+    exit 0
+fi
+
+# An apt of our own, with its own lists: those of the machine stay as they are.
+fetch() {
+    local root=$1 mirror key=/usr/share/keyrings/debian-archive-keyring.gpg
+    # shellcheck disable=SC2016
+    mirror=$(apt-get indextargets --format '$(ORIGIN) $(REPO_URI)' 'Created-By: Packages' |
+        awk '$1 == "Debian" && $2 !~ /security/ { print $2; exit }')
+    mkdir -p "$root"/{lists,cache/archives,unpacked}
+    touch "$root/status"
+    echo "deb [signed-by=$key] ${mirror:?no mirror of Debian is configured} sid main" >"$root/sid.list"
+    cd "$root"
+    local own=(-o "Dir::Etc::sourcelist=$root/sid.list" -o Dir::Etc::sourceparts=/dev/null
+        -o "Dir::State::Lists=$root/lists" -o "Dir::State::status=$root/status"
+        -o "Dir::Cache=$root/cache" -o Acquire::Languages=none -o APT::Sandbox::User=)
+    apt-get "${own[@]}" -q update
+    apt-get "${own[@]}" -q download "${packages[@]}"
+    local package
+    for package in ./*.deb; do dpkg-deb -x "$package" unpacked; done
+    mv -T unpacked "$libraries"
+}
+
+work=$(mktemp -d "$LAB_STATE/go-apt.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+with_progress "$LAB_STATE/go-apt.log" "Fetching Go libraries for the benchmarks" fetch "$work" ||
+    say "The benchmarks leave Go's rows out."
