@@ -205,7 +205,17 @@ def place_of(folder: Path, experiment: str, profile: str, parameters: Mapping[st
 
 
 def waiting(folder: Path, experiment: str, profile: str, parameters: Mapping[str, Any]) -> int:
-    """How many parts of a measurement are kept, so that it can be continued; of `place_of`."""
+    """How many parts of a measurement are kept, so that it can be continued.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of runs.
+    experiment, profile : str
+        What is measured.
+    parameters : mapping
+        Its parameters, JSON values.
+    """
     return len(_kept(place_of(folder, experiment, profile, parameters)))
 
 
