@@ -630,7 +630,7 @@ class Schedule:
                 )
             )
             if peer is None:
-                intended_ns, seen_ns, cpu_ns = self._read(reader)
+                intended_ns, seen_ns, cpu_ns = self._read(reader, child)
                 after = child.result(_ANSWER_S)
             else:
                 after = child.result(_ANSWER_S)
@@ -654,11 +654,11 @@ class Schedule:
         return row, times
 
     def _read(
-        self, reader: RingReader
+        self, reader: RingReader, child: Child
     ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], int]:
         """What our reader takes: intended times, when it had each, and its CPU time."""
         seen: list[tuple[int, npt.NDArray[Any]]] = []
-        delivered, deadline = 0, time.monotonic() + self.events / self.rate + 15
+        delivered, ended = 0, False
         cpu_ns = time.thread_time_ns()
         while delivered < self.events:
             batch = reader.poll(self.policy.timer_s)
@@ -666,8 +666,10 @@ class Schedule:
             if len(batch):
                 seen.append((now, batch.copy()))
                 delivered += len(batch)
-            elif time.monotonic() > deadline:
+            elif ended:
                 break  # some were dropped, or the producer failed: the account tells
+            else:
+                ended = child.ended()
         cpu_ns = time.thread_time_ns() - cpu_ns
         records = np.concatenate([np.zeros(0, EVENT), *(batch for _, batch in seen)])
         when = np.repeat([now for now, _ in seen], [len(batch) for _, batch in seen])
