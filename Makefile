@@ -24,6 +24,7 @@ help: ## show this list
 
 setup: ## install what is missing: Debian packages, headers, the Python environment
 	@provision/setup.sh
+	@provision/go-libraries.sh
 
 report: setup ## run every notebook on this kernel, write reports/index.html (PROFILE=quick or full)
 	@$(ENTER) $(PYTHON) -m labkit report --profile "$$PROFILE"

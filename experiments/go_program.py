@@ -50,7 +50,8 @@ def build(
     go = tools.go_command()
     if missing := [name for name in modules if not (LIBRARIES / name).is_dir()]:
         raise Unavailable(
-            f"The Go module {missing[0]} is missing: make setup fetches it from Debian sid."
+            f"The Go module {missing[0]} is missing: remove .lab/go-libraries, and make setup "
+            "fetches it from Debian sid."
         )
     program = folder / f"{source.stem}{'_race' * detector}"
     _CACHE.mkdir(parents=True, exist_ok=True)

@@ -23,14 +23,15 @@ fetch() {
     local own=(-o "Dir::Etc::sourcelist=$root/sid.list" -o Dir::Etc::sourceparts=/dev/null
         -o "Dir::State::Lists=$root/lists" -o "Dir::State::status=$root/status"
         -o "Dir::Cache=$root/cache" -o Acquire::Languages=none -o APT::Sandbox::User=)
-    apt-get "${own[@]}" -q update
-    apt-get "${own[@]}" -q download "${packages[@]}"
-    local package
-    for package in ./*.deb; do dpkg-deb -x "$package" unpacked; done
-    mv -T unpacked "$libraries"
+    local package # each by &&: who calls asks for the status, and then no failure ends a function
+    apt-get "${own[@]}" -q update && apt-get "${own[@]}" -q download "${packages[@]}" &&
+        for package in ./*.deb; do dpkg-deb -x "$package" unpacked || return; done &&
+        mv -T unpacked "$libraries"
 }
 
 work=$(mktemp -d "$LAB_STATE/go-apt.XXXXXX")
 trap 'rm -rf "$work"' EXIT
-with_progress "$LAB_STATE/go-apt.log" "Fetching Go libraries for the benchmarks" fetch "$work" ||
-    say "The benchmarks leave Go's rows out."
+if ! with_progress "$LAB_STATE/go-apt.log" "Fetching Go libraries for the benchmarks" fetch "$work"; then
+    mkdir -p "$libraries" # no set-up waits for a network again that may not be there
+    say "The benchmarks leave Go's rows out; remove .lab/go-libraries to have set-up try again."
+fi

@@ -15,8 +15,6 @@ for step in system-packages headers python; do
     fi
 done
 
-"$LAB_ROOT/provision/go-libraries.sh"
-
 # Debian's redis-tools holds the server as well, under the name of its checker; the separate package
 # would start a service.
 if ! command -v redis-server >/dev/null && checker=$(command -v redis-check-rdb); then

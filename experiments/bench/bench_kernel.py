@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from experiments.bench import kernel_bars as bars
-from experiments.bench.peers import Peer, Policy, policies, running
+from experiments.bench.peers import MOST_EVENTS, Peer, Policy, policies, running
 from labkit.errors import LabError, TimedOut
 from labkit.judge.statistics import percentiles
 from labkit.kernel import probe, programs
@@ -533,7 +533,7 @@ def latency(
     rounds : int
         Repetitions, in turns over policies and rates, and within each over the readers.
     seconds : float
-        Length of one repetition.
+        Length of one repetition, of `MOST_EVENTS` at most.
     rates : tuple of int
         Events per second.
     producer_cpu : int
@@ -559,8 +559,7 @@ def latency(
     rows: list[dict[str, object]] = []
     pairs = [(policy, rate) for policy in POLICIES for rate in rates]
     with ExitStack() as opened:
-        room = round(max(rates) * seconds)
-        peers = opened.enter_context(running(cpu=here, room=room))
+        peers = opened.enter_context(running(cpu=here, room=MOST_EVENTS))
         readers = {bars.OURS: None, **{peer.name: peer for peer in peers}}
         every: dict[tuple[str, int, str], list[npt.NDArray[np.int64]]] = {
             (policy.name, rate, name): [] for policy, rate in pairs for name in readers
@@ -576,7 +575,7 @@ def latency(
                 left = (len(pairs) * rounds - done) * len(readers) * (seconds + 0.1)
                 say(f"latency: {done} of {len(pairs) * rounds} measured, {left:.0f} s to go")
             for _, name in in_turns(list(readers), 1, seed=done):
-                events = max(int(rate * seconds), 10)
+                events = min(max(int(rate * seconds), 10), MOST_EVENTS)
                 schedule = Schedule(*rings[policy.name], policy, rate, events, producer_cpu)
                 row, times = schedule.follow(readers[name])
                 rows.append({
@@ -630,7 +629,7 @@ class Schedule:
                 )
             )
             if peer is None:
-                intended_ns, seen_ns, cpu_ns = self._read(reader)
+                intended_ns, seen_ns, cpu_ns = self._read(reader, child)
                 after = child.result(_ANSWER_S)
             else:
                 after = child.result(_ANSWER_S)
@@ -654,11 +653,11 @@ class Schedule:
         return row, times
 
     def _read(
-        self, reader: RingReader
+        self, reader: RingReader, child: Child
     ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], int]:
         """What our reader takes: intended times, when it had each, and its CPU time."""
         seen: list[tuple[int, npt.NDArray[Any]]] = []
-        delivered, deadline = 0, time.monotonic() + self.events / self.rate + 15
+        delivered, ended = 0, False
         cpu_ns = time.thread_time_ns()
         while delivered < self.events:
             batch = reader.poll(self.policy.timer_s)
@@ -666,8 +665,10 @@ class Schedule:
             if len(batch):
                 seen.append((now, batch.copy()))
                 delivered += len(batch)
-            elif time.monotonic() > deadline:
+            elif ended:
                 break  # some were dropped, or the producer failed: the account tells
+            else:
+                ended = child.ended()
         cpu_ns = time.thread_time_ns() - cpu_ns
         records = np.concatenate([np.zeros(0, EVENT), *(batch for _, batch in seen)])
         when = np.repeat([now for now, _ in seen], [len(batch) for _, batch in seen])

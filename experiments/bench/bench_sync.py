@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from experiments.bench import sync_bars as bars
-from experiments.bench.peers import Peer, Told, policies, running
+from experiments.bench.peers import MOST_EVENTS, Peer, Told, policies, running
 from labkit.errors import LabError
 from labkit.judge.statistics import percentiles
 from labkit.kernel import probe, programs
@@ -318,7 +318,7 @@ def beside(rates: tuple[int, ...], seconds: float, keys: int, rounds: int) -> pd
     rates : tuple of int
         Intended changes per second, of values of 8 bytes.
     seconds : float
-        Length of a schedule; its first tenth is not judged.
+        Length of a schedule; its first tenth is not judged. `MOST_EVENTS` at most.
     keys : int
         Written in turns.
     rounds : int
@@ -340,7 +340,7 @@ def beside(rates: tuple[int, ...], seconds: float, keys: int, rounds: int) -> pd
         The account does not add up.
     """
     rows, points = [], (50.0, 99.0, 99.9)
-    most = round(max(rates) * seconds)
+    most = min(round(max(rates) * seconds), MOST_EVENTS)
     with ExitStack() as opened:
         peers = {
             peer.name: peer for peer in opened.enter_context(running(cpu=another_cpu(1), room=most))

@@ -30,6 +30,10 @@ SOURCES: Final = compiler.SOURCES / "peers"
 _MODULES: Final = ("github.com/cilium/ebpf", "golang.org/x/sys")
 _BUILD_S: Final = 60.0
 
+MOST_EVENTS: Final = 300_000
+"""Of one schedule: a program that wakes its reader for each event makes some 150,000 a second, and
+one that falls ten seconds behind gives up."""
+
 HEADER: Final = np.dtype([("stop", "u8"), ("taken", "u8"), ("room", "u8")])
 """``struct ring_log`` of bpf/peers/ring_log.h."""
 ROW: Final = np.dtype([("seq", "u8"), ("intended_ns", "u8"), ("seen_ns", "u8")])

@@ -26,7 +26,7 @@ C: Final = "libbpf in C"
 GO: Final = "cilium/ebpf in Go"
 OURS: Final = "RingReader"
 OURS_BESIDE: Final = "RingEvents, Python"
-HAND_OUT_S: Final = 0.05
+HAND_OUT_S: Final = 0.1
 """How often our follower hands its changes out; its replica has each of them before."""
 BCC: Final = ("bcc, event(data)", "bcc, ctypes cast", "bcc, bytes copied")
 """What bcc's callback does for an event. The first two reach its fields; the last one keeps the
