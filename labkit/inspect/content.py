@@ -354,6 +354,38 @@ def other_byte_order(keys: npt.NDArray[Any], fields: tuple[Field, ...]) -> Itera
         )
 
 
+def bits_behind_prefix(keys: npt.NDArray[Any]) -> Iterator[Diagnostic]:
+    """Prefixes of an LPM trie that have bits set behind their length.
+
+    The trie compares the bits before it alone, from the first byte on (kernel/bpf/lpm_trie.c,
+    ``longest_prefix_match``): an address whose bytes stand the other way round has its first ones
+    behind the length, and many such prefixes are one.
+
+    Parameters
+    ----------
+    keys : numpy.ndarray
+        Keys as they were read: four bytes of length in bits, then the bytes that are compared.
+    """
+    raw = bytes_of(keys)
+    if not len(raw):
+        return
+    lengths = np.ascontiguousarray(raw[:, :4]).view("=u4")
+    bits = np.unpackbits(raw[:, 4:], axis=1)
+    behind = bits.astype(bool) & (np.arange(bits.shape[1]) >= lengths)
+    odd = np.flatnonzero(behind.any(axis=1))
+    if not len(odd):
+        return
+    shown = [f"{raw[one, 4:].tobytes().hex(' ')} / {int(lengths[one, 0])}" for one in odd[:_SHOWN]]
+    yield Diagnostic(
+        "risk",
+        f"{len(odd):,} of {len(raw):,} prefixes have bits set behind their length: "
+        f"{listed(shown)} (bytes / bits). An address in the byte order of this machine looks so: "
+        "the trie compares from the first byte on, finds it for other packets than were meant, and "
+        "takes two that are equal up to their length for one.",
+        "Store addresses in network order, and set the bits behind the length to zero.",
+    )
+
+
 def _odd_ones(stored: npt.NDArray[np.uint64], size: int) -> npt.NDArray[np.uint64] | None:
     if len(stored) < _FEWEST_KEYS:
         return None

@@ -40,6 +40,10 @@ _ARRAYS: Final = {"array", "percpu_array"}
 _READ: Final = _HASHES | _LRU | _ARRAYS | {"lpm_trie"}
 _BOUNDED: Final = _HASHES | {"lpm_trie", "sockhash", "devmap_hash"}
 _STREAMS: Final = {"ringbuf", "user_ringbuf", "perf_event_array", "queue", "stack"}
+_SHOWN_BY: Final = {
+    "ringbuf": "ring-buffer-facts", "user_ringbuf": "ring-buffer-facts",
+    "perf_event_array": "perf-array-lookup",
+}  # fmt: skip
 _PER_CPU: Final = {kind.name.lower() for kind in PER_CPU}
 _ALMOST_FULL: Final = 0.9
 _CPU_STOCK: Final = 128  # free elements that a CPU takes at once: kernel/bpf/bpf_lru_list.c
@@ -365,14 +369,16 @@ def _of_a_twin(state: MapState, twin: MapObject) -> Diagnostic:
     same_path = "Pin the map and let every load use that pin again, and open it by pin or id."
     apart = bool(one.pids and twin.pids) and not {*one.pids} & {*twin.pids}
 
-    if theirs and mine is None and not (_switched(state, twin.id) or _is_spare(state, twin)):
+    written = bool(state.objects.holders(one)) and not _is_spare(state, twin)
+    if theirs and mine is None and written and not _switched(state, twin.id):
         return Diagnostic(
             "risk" if theirs is Standing.NOWHERE else "cause",
             f"{used}; no program refers to this one, so that none reads what is written here.",
             f"Write to map {twin.id}, or replace its programs by those of this load. {same_path}",
             "second-map-after-reload",
         )
-    if theirs is Standing.ATTACHED and mine is Standing.NOWHERE:
+    kinds_of = [{user.kind for user in state.users(each)} for each in (one.id, twin.id)]
+    if theirs is Standing.ATTACHED and mine is Standing.NOWHERE and kinds_of[0] & kinds_of[1]:
         return Diagnostic(
             "cause",
             f"{used}, while {_used(state, one.id)}: what is written here reaches no program that "
@@ -430,6 +436,10 @@ def _why_two(state: MapState, twin: MapObject) -> str:
         words = f"; program {both[0]} uses both of them"
     elif {user.btf_id for user in mine} & {user.btf_id for user in theirs} - {0}:
         words = "; both are of one load"
+    apart = {*state.outer(twin.id)} - {*state.outer(one.id)}
+    if apart:
+        words += f"; it stands in the map of maps {_listed(sorted(apart), _MOST_LISTED)}, this one"
+        words += " does not"
     return words
 
 
@@ -549,6 +559,15 @@ def _of_its_readers(state: MapState) -> Iterator[Diagnostic]:
             "of containers.",
             "second-map-after-reload",
         )
+    places = [at for user in users for at in state.survey.of(user.id)]
+    if places and all(at.idle for at in places):
+        yield Diagnostic(
+            "risk",
+            f"Nothing gets to a program that uses it as things stand: {places[0]}"
+            + (f", and likewise at {len(places) - 1:,} more places." if places[1:] else "."),
+            "Set the device up or put a process into the cgroup, or attach the program where the "
+            "traffic is.",
+        )
     if outer:
         yield Diagnostic(
             "risk",
@@ -619,6 +638,8 @@ def _of_its_keys(state: MapState) -> Iterator[Diagnostic]:
     if state.snapshot is not None and state.map.kind in _HASHES | _LRU:
         yield from content.left_over_texts(state.snapshot.keys, state.key_fields)
         yield from content.other_byte_order(state.snapshot.keys, state.key_fields)
+    if state.snapshot is not None and state.map.kind == "lpm_trie":
+        yield from content.bits_behind_prefix(state.snapshot.keys)
     gaps = padding(state.key_dtype)
     if not gaps.any() or state.map.kind in _ARRAYS:
         return
@@ -779,7 +800,7 @@ def _of_its_kind(state: MapState) -> Iterator[Diagnostic]:
             "It is a stream: it has no values that could be looked up, and loses what finds no "
             "room.",
             "Consume it, and count in the producer what was dropped.",
-            "ring-buffer-facts" if "ringbuf" in kind else "perf-array-lookup",
+            _SHOWN_BY.get(kind, ""),
             usual=True,
         )
 

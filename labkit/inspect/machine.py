@@ -35,6 +35,7 @@ MOST_ENTRIES: Final = 4_096
 _SHORTEST_S: Final = 0.002  # for one map, however many there are
 _LONGEST_S: Final = 1.0
 _FOR_PROGRAMS: Final = 0.3  # share of the time
+_FOR_MAPS: Final = 0.3
 _AGAIN_AFTER_S: Final = 0.5
 _AT_ONCE: Final = 32  # maps whose look waits
 _WAITS: Final = kinds.RINGS | {"prog_array"}
@@ -239,8 +240,8 @@ def diagnose_machine(most_seconds: float = MOST_SECONDS) -> Machine:
     Parameters
     ----------
     most_seconds : float
-        Bound of the look at the maps, seconds. The list of objects and of attachments, which has
-        bounds of its own, comes out of it.
+        Bound of all of it, seconds, as long as the lists of objects and attachments, which have
+        bounds of their own, take no more than most of it.
 
     Returns
     -------
@@ -254,12 +255,14 @@ def diagnose_machine(most_seconds: float = MOST_SECONDS) -> Machine:
     """
     begun = time.monotonic()
     now = objects.snapshot()
-    look = _Look(now, begun + most_seconds)
-    look.at(list(now.maps), most_seconds)
-    if suspects := [id for id, one in look.found.items() if one.state == "cause"]:
-        time.sleep(min(_AGAIN_AFTER_S, max(0.0, begun + most_seconds - time.monotonic())))
-        if time.monotonic() < begun + most_seconds:
-            look.again(suspects)
+    look = _Look(now)
+    # However long the lists took, which have bounds of their own, some maps are looked at.
+    lists_s = time.monotonic() - begun
+    look.at(list(now.maps), max(most_seconds - lists_s, _FOR_MAPS * most_seconds))
+    suspects = [id for id, one in look.found.items() if one.state == "cause"]
+    if suspects and look.left_s > _AGAIN_AFTER_S + lists_s:
+        time.sleep(_AGAIN_AFTER_S)
+        look.again(suspects)
     return Machine(
         tuple(look.found[id] for id in sorted(look.found)),
         tuple(look.not_reached),
@@ -274,8 +277,8 @@ def diagnose_machine(most_seconds: float = MOST_SECONDS) -> Machine:
 class _Look:
     """The findings, as they are made."""
 
-    def __init__(self, now: Objects, deadline: float) -> None:
-        self._deadline = deadline
+    def __init__(self, now: Objects) -> None:
+        self._deadline = 0.0
         self.found: dict[int, Finding] = {}
         self.refused: dict[int, str] = {}
         self.not_reached: list[int] = []
@@ -285,8 +288,14 @@ class _Look:
     def _enter(self, now: Objects) -> None:
         self._now, self.where = now, attachments.survey(now)
 
+    @property
+    def left_s(self) -> float:
+        """Seconds for which it goes on."""
+        return self._deadline - time.monotonic()
+
     def at(self, ids: Sequence[int], most_seconds: float) -> None:
         """Look at maps; those whose look waits are looked at side by side meanwhile."""
+        self._deadline = time.monotonic() + most_seconds
         self.codes = code.look(
             self._now.programs.values(), self._now.maps, _FOR_PROGRAMS * most_seconds
         )
@@ -295,8 +304,8 @@ class _Look:
             asked = [pool.submit(self._one, id, _LONGEST_S) for id in waiting]
             rest = [id for id in ids if self._now.maps[id].kind not in _WAITS]
             for turn, id in enumerate(rest):
-                left = (self._deadline - time.monotonic()) / (len(rest) - turn)
-                self._one(id, min(max(left, _SHORTEST_S), _LONGEST_S))
+                share_s = self.left_s / (len(rest) - turn)
+                self._one(id, min(max(share_s, _SHORTEST_S), _LONGEST_S))
             for one in asked:
                 one.result()
         self.not_reached.sort()
@@ -305,7 +314,7 @@ class _Look:
         """Look at maps with a cause once more, as things stand now; one that is gone has none."""
         self._enter(objects.snapshot())
         for id in ids:
-            if time.monotonic() > self._deadline:
+            if self.left_s <= 0:
                 return
             first = self.found.pop(id)
             if id in self._now.maps:
@@ -315,7 +324,7 @@ class _Look:
                 self.found[id] = first
 
     def _one(self, id: int, most_seconds: float) -> None:
-        if time.monotonic() > self._deadline:
+        if self.left_s <= 0:
             self.not_reached.append(id)
             return
         try:

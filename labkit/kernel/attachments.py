@@ -138,6 +138,8 @@ class Attachment:
         The map for whose entries it runs: a sock map, or a struct_ops map.
     detach : str
         A command that ends it; empty where it ends with the process that holds it.
+    idle : str
+        Why nothing gets there as things stand: the device is down, the cgroup is empty.
     """
 
     program_id: int
@@ -152,6 +154,7 @@ class Attachment:
     pins: tuple[str, ...] = ()
     detach: str = ""
     map_id: int | None = None
+    idle: str = ""
 
     @property
     def point(self) -> tuple[str, str, str]:
@@ -180,6 +183,8 @@ class Attachment:
         if self.link_id is not None:
             words.append(f"link {self.link_id}")
         words += [f"pinned at {pin}" for pin in self.pins]
+        if self.idle:
+            words.append(self.idle)
         return ", ".join(words)
 
 
@@ -213,7 +218,7 @@ class Survey:
         A way through another program counts where that one may run.
         """
         ways = tuple(
-            Attachment(program_id, how, f"program {caller}")
+            Attachment(program_id, how, f"program {caller}", idle=self._idle(caller))
             for caller, how in self.callers.get(program_id, ())
             if self.standing(caller) is not Standing.NOWHERE
         )
@@ -233,6 +238,11 @@ class Survey:
         if kind not in _WHERE_SEEN:
             return _HIDDEN_WHERE.get(kind, f"nothing is known of programs of {kind}")
         return self.unseen.get(_WHERE_SEEN[kind]) or self.unseen.get(_tail_calls(kind)) or ""
+
+    def _idle(self, program_id: int) -> str:
+        """Why nothing gets to a program by itself; empty where something may."""
+        places = self._direct.get(program_id, ())
+        return places[0].idle if places and all(at.idle for at in places) else ""
 
     @functools.cached_property
     def _direct(self) -> dict[int, tuple[Attachment, ...]]:
@@ -485,6 +495,7 @@ class _Look:
             link = self._link("xdp", program_id, device.index)
             self._add(
                 program_id, f"xdp {mode}", f"dev {name}", namespace=space.words, link=link,
+                idle=_idle(device),
                 detach=_detach_link(link)
                 or space.command(f"ip link set dev {_word(name)} {modes[mode]} off"),
             )  # fmt: skip
@@ -501,7 +512,7 @@ class _Look:
                 )
                 self._add(
                     program_id, hook, f"dev {name}", link=link, namespace=space.words,
-                    more=f"number {turn + 1} in turn",
+                    more=f"number {turn + 1} in turn", idle=_idle(device),
                     detach=_detach_link(link) or (command if hook.startswith("tcx") else ""),
                 )  # fmt: skip
 
@@ -512,7 +523,6 @@ class _Look:
         for index, parents in asked.filter_parents().items():
             if index not in devices:
                 continue
-            name = devices[index].name
             for parent in dict.fromkeys(parents):
                 for one in asked.filters(index, parent):
                     if one.block is not None:  # told once for each device that shares it
@@ -520,7 +530,7 @@ class _Look:
                         if key in seen:
                             continue
                         seen.add(key)
-                    self._filter(space, name, parent, one)
+                    self._filter(space, devices[index], parent, one)
         with suppress(OSError):  # a kernel without act_bpf knows no such list
             for action in asked.actions():
                 if action.filters:
@@ -529,9 +539,12 @@ class _Look:
                         namespace=space.words, more=f"of {action.filters} filters",
                     )  # fmt: skip
 
-    def _filter(self, space: _Namespace, device: bytes, parent: int, one: netlink.Filter) -> None:
+    def _filter(
+        self, space: _Namespace, device: netlink.Device, parent: int, one: netlink.Filter
+    ) -> None:
         side = {netlink.INGRESS: "ingress", netlink.EGRESS: "egress", 0xFFFF0000: "ingress"}
-        hook, place = side.get(parent, ""), f"dev {_word(libbpf.shown(device))}"
+        name = libbpf.shown(device.name)
+        hook, place = side.get(parent, ""), f"dev {_word(name)}"
         if one.block is not None:
             place, at = f"block {one.block}", ""
         else:
@@ -547,8 +560,9 @@ class _Look:
             words.append(f"block {one.block} of several devices")
         self._add(
             one.program_id, f"tc {hook or 'qdisc ' + _classid(parent)}".strip(),
-            f"dev {libbpf.shown(device)}", namespace=space.words, priority=one.priority,
+            f"dev {name}", namespace=space.words, priority=one.priority,
             handle=one.handle, chain=one.chain, more=", ".join(words),
+            idle="" if one.block is not None else _idle(device),
             detach=space.command(
                 f"tc filter del {place}{at}{chain} protocol {protocol} pref {one.priority} "
                 f"handle {one.handle:#x} bpf"
@@ -584,24 +598,26 @@ class _Look:
         try:
             inode = os.fstat(fd).st_ino
             shown = libbpf.shown(os.fsencode(folder))
+            idle = "no process is in that cgroup" if _is_empty(folder) else ""
             for number, name in hooks:
                 for turn, program_id in enumerate(_answered(fd, number)):
                     link = self._link(f"cgroup {number}", program_id, inode)
                     command = f"bpftool cgroup detach {_word(shown)} {name} id {program_id}"
                     self._add(
                         program_id, f"cgroup {name}", shown, link=link,
-                        more=f"number {turn + 1} in turn" if turn else "",
+                        more=f"number {turn + 1} in turn" if turn else "", idle=idle,
                         detach=_detach_link(link) or command,
                     )  # fmt: skip
             for key, link in list(self._open_links.items()):
                 if link.kind == "cgroup" and key[2] == inode:  # such as BPF_LSM_CGROUP
                     del self._open_links[key]
-                    self._add(link.program_id, _hook_of(link), shown, link=link)
+                    self._add(link.program_id, _hook_of(link), shown, link=link, idle=idle)
         finally:
             os.close(fd)
 
     def maps(self) -> None:
         """Programs that are entries of maps, or run for the sockets in one."""
+        deadline = time.monotonic() + _LIMIT_S
         for one in self._now.maps.values():
             if one.kind == "prog_array":
                 how = f"tail call by map {one.id}"
@@ -612,7 +628,7 @@ class _Look:
                     )
             elif one.kind in ("devmap", "devmap_hash", "cpumap") and one.value_size == 8:
                 with suppress(OSError):
-                    ids = self._programs_of_entries(one.id, one.key_size)
+                    ids = self._programs_of_entries(one.id, one.key_size, deadline)
                     self._reach_all(ids, one.id, f"redirect by map {one.id}")
             elif one.kind in ("sockmap", "sockhash") and {"sk_skb", "sk_msg"} & self._present:
                 with suppress(OSError):
@@ -633,16 +649,19 @@ class _Look:
         finally:
             libbpf.close(fd)
 
-    def _programs_of_entries(self, map_id: int, key_size: int) -> set[int]:
+    def _programs_of_entries(self, map_id: int, key_size: int, deadline: float) -> set[int]:
         """Ids in struct bpf_devmap_val and bpf_cpumap_val: the second four bytes."""
         lib = libbpf.api()
         fd = libbpf.fd_by_id("map", map_id)
         key, value = ctypes.create_string_buffer(key_size), (ctypes.c_uint32 * 2)()
-        found, previous = set(), None
+        found: set[int] = set()
+        previous = None
         try:
             for _ in range(_MOST_ENTRIES):
                 following = ctypes.create_string_buffer(key_size)
                 if lib.bpf_map_get_next_key(fd, previous, following) != 0:
+                    return found
+                if time.monotonic() > deadline:
                     break
                 if lib.bpf_map_lookup_elem(fd, following, value) == 0 and value[1]:
                     found.add(value[1])
@@ -650,6 +669,7 @@ class _Look:
                 previous = key
         finally:
             libbpf.close(fd)
+        self._unseen[_NETWORK] = f"not all entries of map {map_id} were read"
         return found
 
     def infrared(self) -> None:
@@ -767,6 +787,17 @@ def _detach_link(link: LinkObject | None) -> str:
     if len(link.pins) == 1 and not link.pids:
         return f"rm {_word(link.pins[0])}"
     return ""
+
+
+def _idle(device: netlink.Device) -> str:
+    return "" if device.up else "the device is down"
+
+
+def _is_empty(folder: str) -> bool:
+    """Whether no process is in a cgroup or below it; the root, which has no such file, never is."""
+    with suppress(OSError):
+        return "populated 0" in Path(folder, "cgroup.events").read_text()
+    return False
 
 
 def _classid(number: int) -> str:

@@ -30,6 +30,7 @@ _GET_LINK, _GET_QDISC, _GET_CLASS, _GET_FILTER, _GET_ACTION = 18, 38, 42, 46, 50
 _HEADER: Final = struct.Struct("=IHHII")  # struct nlmsghdr
 _ATTRIBUTE: Final = struct.Struct("=HH")  # struct nlattr
 _DEVICE: Final = struct.Struct("=BxHiII")  # struct ifinfomsg
+_IFF_UP: Final = 1
 _TRAFFIC: Final = struct.Struct("=BxHIIII")  # struct tcmsg
 _KIND, _OPTIONS, _CHAIN = 1, 2, 11  # TCA_*
 _SHARED_BLOCK: Final = 0xFFFFFFFF  # TCM_IFINDEX_MAGIC_BLOCK
@@ -54,11 +55,14 @@ class Device:
         As the kernel has it.
     xdp : tuple of (str, int)
         Mode (``native``, ``generic``, ``offload``) and program id of each XDP program.
+    up : bool
+        Whether it is set up, so that packets may pass.
     """
 
     index: int
     name: bytes
     xdp: tuple[tuple[str, int], ...]
+    up: bool
 
 
 @dataclass(frozen=True)
@@ -134,13 +138,14 @@ def device(payload: bytes) -> Device | None:
     """Read an RTM_NEWLINK message; None where it says no name."""
     if len(payload) < _DEVICE.size:
         return None
-    index = _DEVICE.unpack_from(payload)[2]
+    _, _, index, flags, _ = _DEVICE.unpack_from(payload)
     known = attributes(payload[_DEVICE.size :])
     if 3 not in known:  # IFLA_IFNAME
         return None
     xdp = attributes(known.get(43, b""))
     modes = [(name, _number(xdp, kind)) for kind, name in _XDP_MODES.items()]
-    return Device(index, _text(known[3]), tuple((name, one) for name, one in modes if one))
+    programs = tuple((name, one) for name, one in modes if one)
+    return Device(index, _text(known[3]), programs, bool(flags & _IFF_UP))
 
 
 def traffic_filter(payload: bytes) -> Filter | None:

@@ -30,6 +30,9 @@ from labkit.kernel.provenance import emulated
 _BPF_FS_MAGIC: Final = 0xCAFE4A11
 _ELEMENTS_READ_S: Final = 0.05  # before Linux 6.8 each read of an outer map waits for RCU,
 _EMULATED_READ_S: Final = 0.5  # which takes longer than that where the CPUs are emulated
+_FULL_READS: Final = (
+    40  # so many maps may take all of that time; where more do, the rest goes unread
+)
 _OWN, _NAMED, _OF_PROCESS, _ELSEWHERE = range(4)  # which path opens a network namespace best
 _LINK_KINDS: Final = (
     "unspec", "raw_tracepoint", "tracing", "cgroup", "iter", "netns", "xdp", "perf_event",
@@ -350,7 +353,8 @@ def snapshot() -> Objects:
             "run as root."
         ) from error
     # In this order: a descriptor that is open while it is looked at must not count as a holder.
-    maps = [one for one in map(_read_map, listed["map"]) if one]
+    elements = _Elements()
+    maps = [one for id in listed["map"] if (one := _read_map(id, elements))]
     programs = [one for one in map(_read_program, listed["prog"]) if one]
     links = [one for one in map(_read_link, listed["link"]) if one]
     held = _Held()
@@ -420,7 +424,7 @@ def _opened(of: str, identifier: int) -> Iterator[int]:
         libbpf.close(fd)
 
 
-def _read_map(identifier: int) -> MapObject | None:
+def _read_map(identifier: int, reading: _Elements) -> MapObject | None:
     with suppress(OSError), _opened("map", identifier) as fd:
         info = libbpf.map_info(fd)
         known = _fdinfo(os.getpid(), fd)
@@ -428,7 +432,7 @@ def _read_map(identifier: int) -> MapObject | None:
         elements: tuple[int, ...] = ()
         complete = True
         if kind in ("array_of_maps", "hash_of_maps", "prog_array"):
-            elements, complete = _elements(fd, info.key_size, waits=kind != "prog_array")
+            elements, complete = reading.of(fd, info.key_size, waits=kind != "prog_array")
         return MapObject(
             id=info.id,
             name=libbpf.shown(info.name),
@@ -446,18 +450,34 @@ def _read_map(identifier: int) -> MapObject | None:
     return None
 
 
-def _elements(fd: int, key_size: int, *, waits: bool) -> tuple[tuple[int, ...], bool]:
-    """Ids of the objects that a map holds as its elements.
+class _Elements:
+    """Reads the elements of maps, in a bounded time for each and for all of them."""
 
-    Where a read does not wait, only the time counts in which it runs: a busy machine is no reason
-    to leave elements out.
-    """
-    clock = time.monotonic if waits else time.thread_time
+    def __init__(self) -> None:
+        self._most_s = _EMULATED_READ_S if emulated() else _ELEMENTS_READ_S
+        self._left_s = _FULL_READS * self._most_s
+
+    def of(self, fd: int, key_size: int, *, waits: bool) -> tuple[tuple[int, ...], bool]:
+        """Ids of the objects that a map holds as its elements, and whether these are all.
+
+        Where a read does not wait, only the time counts in which it runs: a busy machine is no
+        reason to leave elements out.
+        """
+        clock = time.monotonic if waits else time.thread_time
+        begun = clock()
+        try:
+            return _elements(fd, key_size, clock, begun + min(self._most_s, self._left_s))
+        finally:
+            self._left_s -= clock() - begun
+
+
+def _elements(
+    fd: int, key_size: int, clock: Callable[[], float], deadline: float
+) -> tuple[tuple[int, ...], bool]:
     lib = libbpf.api()
     key, following = (ctypes.create_string_buffer(key_size) for _ in range(2))
     value = ctypes.c_uint32()
     found: set[int] = set()
-    deadline = clock() + (_EMULATED_READ_S if emulated() else _ELEMENTS_READ_S)
     previous = None
     while lib.bpf_map_get_next_key(fd, previous, following) == 0:
         if clock() > deadline:

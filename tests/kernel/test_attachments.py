@@ -179,7 +179,7 @@ def test_a_named_namespace_is_entered_by_its_name() -> None:
         capture_output=True, text=True, timeout=LIMIT_S,
     )  # fmt: skip
     assert done.stdout.splitlines() == [
-        "xdp generic of dev lo in netns its name",
+        "xdp generic of dev lo in netns its name, the device is down",
         "ip netns exec 'its name' ip link set dev lo xdpgeneric off",
         "nowhere",
     ], done.stderr
@@ -191,7 +191,9 @@ def test_xdp_of_a_driver_and_a_link_whose_device_goes(
     fd, program_id = loaded(closing, ProgramKind.XDP, RETURN_ONE, attach_type=AttachType.XDP)
     libbpf.pin(fd, pins.path("xdp"))
     network.do(f"ip link set dev far xdpdrv pinned {pins.path('xdp')}")
-    assert only(program_id).hook == "xdp native"
+    assert (only(program_id).hook, only(program_id).idle) == ("xdp native", "the device is down")
+    network.do("ip link set dev far up")
+    assert not only(program_id).idle
     network.do("ip link set dev far xdpdrv off")
 
     name, index = network.near_in_ours()
@@ -222,6 +224,7 @@ def test_a_cgroup_with_and_without_a_link(closing: ExitStack) -> None:
     libbpf.checked(libbpf.api().bpf_prog_attach(fd, where, 1, 2), "attaching")
     one = only(program_id)
     assert (one.hook, one.target, one.link_id) == ("cgroup egress", str(group), None)
+    assert one.idle == "no process is in that cgroup"
     assert one.detach == f"bpftool cgroup detach {group} egress id {program_id}"
     libbpf.checked(libbpf.api().bpf_prog_detach2(fd, where, 1), "detaching")
 

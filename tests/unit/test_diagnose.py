@@ -72,7 +72,7 @@ def test_a_map_without_a_program_is_remarked_on() -> None:
 def test_the_program_reads_another_map_of_that_name(mine: tuple[int, ...]) -> None:
     users = (program(7, 1), *(program(one, 2) for one in mine))
     where = running(at(7), *map(at, mine))
-    found = list(diagnostics(facts(made(2), made(1), programs=users, survey=where)))
+    found = list(diagnostics(facts(made(2, pids=(44,)), made(1), programs=users, survey=where)))
     cause = next(one for one in found if one.weight == "cause")
     assert cause.experiment == "second-map-after-reload"
     assert "The older map 1 is called policy too, and program 7 filter uses it" in cause.says
@@ -87,9 +87,11 @@ def test_another_process_with_a_map_of_that_name_is_but_a_risk() -> None:
     assert said(shared) == {"second-map-after-reload": "cause"}
 
 
-def of_twins(mine: MapObject, twin: MapObject, *programs: ProgramObject, **more: Any) -> Diagnostic:
-    """The one remark about the twin."""
-    state = facts(mine, twin, programs=programs, **more)
+def of_twins(mine: MapObject, *others: MapObject | ProgramObject, **more: Any) -> Diagnostic:
+    """The one remark about the twin, the first of the others."""
+    twin, *maps = (one for one in others if isinstance(one, MapObject))
+    programs = tuple(one for one in others if isinstance(one, ProgramObject))
+    state = facts(mine, twin, *maps, programs=programs, **more)
     (found,) = (one for one in diagnostics(state) if f"map {twin.id} is called" in one.says)
     return found
 
@@ -217,6 +219,23 @@ def test_what_only_its_process_ends_is_perhaps_not_meant_to_run() -> None:
         assert said(found) == {"second-map-after-reload": weight}
 
 
+def test_a_place_where_nothing_gets_to_is_a_risk() -> None:
+    down = replace(at(7), idle="the device is down")
+    one, users = made(1), (program(7, 1), program(8, 1))
+    (found,) = diagnostics(facts(one, programs=users[:1], survey=running(down)))
+    assert found.weight == "risk" and "dev eth0, the device is down" in found.says
+    assert not list(diagnostics(facts(one, programs=users, survey=running(down, at(8)))))
+    where = running(down, nowhere=(8,), callers={8: ((7, "tail call"),)})
+    (found,) = diagnostics(facts(one, programs=(program(8, 1),), survey=where))
+    assert "tail call of program 7, the device is down" in found.says
+
+
+def test_a_map_beside_the_one_that_a_map_of_maps_holds() -> None:
+    outer = made(5, "outer", kind="array_of_maps", map_ids=(2,))
+    found = of_twins(made(1), made(2), outer, survey=running(at(7)))
+    assert "it stands in the map of maps 5, this one does not" in found.says
+
+
 def test_a_link_that_lost_its_device_is_named() -> None:
     where = running(nowhere=(7,), detached=(LinkObject(5, "xdp", 7, "ifindex=0"),))
     (cause,) = diagnostics(facts(made(1), programs=(program(7, 1),), survey=where))
@@ -248,6 +267,19 @@ def test_of_many_twins_the_nearest_are_shown_and_the_rest_counted() -> None:
     (found,) = diagnostics(facts(many[199], *many, programs=users, survey=where))
     assert found.says.count("is called policy too") == 4
     assert "394 more maps have this name" in found.says
+
+
+def test_where_nobody_can_write_a_map_nothing_is_written_in_vain() -> None:
+    """The kernel keeps some without a holder, such as a program array that was opened too late."""
+    left, used = made(1), made(2, pids=(55,))
+    assert of_twins(left, used, program(7, 2), survey=running(at(7))).weight == "risk"
+
+
+def test_programs_of_two_kinds_are_no_loads_of_one() -> None:
+    other = replace(program(8, 1), kind="tracing")
+    mine, twin, where = made(1, pids=(44,)), made(2, pids=(44,)), running(at(7), nowhere=(8,))
+    assert of_twins(mine, twin, program(7, 2), other, survey=where).weight == "risk"
+    assert of_twins(mine, twin, program(7, 2), program(8, 1), survey=where).weight == "cause"
 
 
 def test_a_map_for_which_a_tool_had_no_use_is_no_second_load() -> None:

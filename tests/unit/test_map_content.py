@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from labkit.inspect.content import (
     Content,
+    bits_behind_prefix,
     bytes_of,
     left_over_padding,
     left_over_texts,
@@ -131,6 +132,27 @@ def test_padding_of_values_that_is_not_zero_is_counted() -> None:
     slots[0, 1, 3] = 1
     (found,) = left_over_padding(slots, gaps, per_cpu=True)
     assert "1 of 2 values" in found.says
+
+
+def prefixes(*some: tuple[int, bytes]) -> npt.NDArray[np.void]:
+    raw = b"".join(struct.pack("=I", length) + address for length, address in some)
+    return np.frombuffer(raw, [("length", "u4"), ("address", "V4")])
+
+
+def test_an_address_behind_its_prefix_is_shown() -> None:
+    turned = prefixes((8, b"\0\0\0\x0a"), (16, b"\xc0\xa8\0\0"))
+    (one,) = bits_behind_prefix(turned)
+    assert one.weight == "risk" and "1 of 2 prefixes" in one.says and "00 00 00 0a / 8" in one.says
+
+
+@pytest.mark.parametrize(
+    "some",
+    [(), ((0, bytes(4)),), ((32, b"\xff" * 4), (12, b"\xac\x10\0\0"), (1, b"\x80\0\0\0"))],
+)
+def test_a_prefix_that_ends_where_it_says_is_left_alone(
+    some: tuple[tuple[int, bytes], ...],
+) -> None:
+    assert not list(bits_behind_prefix(prefixes(*some)))
 
 
 def test_how_much_was_read_is_told() -> None:

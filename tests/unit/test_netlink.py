@@ -36,7 +36,7 @@ def message(kind: int, body: bytes, flags: int = 2) -> bytes:
     return struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body + bytes(-len(body) % 4)
 
 
-LINK = struct.pack("=BxHiII", 0, 1, 7, 0, 0) + attribute(3, b"eth0\0")
+LINK, UP = (struct.pack("=BxHiII", 0, 1, 7, flags, 0) + attribute(3, b"eth0\0") for flags in (2, 3))
 XDP = attribute(0x8000 | 43, number(4, 9) + number(5, 9) + number(6, 12) + attribute(2, b"\4"))
 
 
@@ -46,8 +46,8 @@ def tc(index: int = 7, parent: int = EGRESS, kind: bytes = b"bpf\0", options: by
 
 
 def test_a_device_and_its_xdp_programs() -> None:
-    assert device(LINK) == Device(7, b"eth0", ())
-    assert device(LINK + XDP) == Device(7, b"eth0", (("native", 9), ("generic", 12)))
+    assert device(LINK) == Device(7, b"eth0", (), up=False)
+    assert device(UP + XDP) == Device(7, b"eth0", (("native", 9), ("generic", 12)), up=True)
     assert device(LINK[:16]) is None and device(b"") is None
 
 
