@@ -432,7 +432,7 @@ def _read_map(identifier: int, reading: _Elements) -> MapObject | None:
         elements: tuple[int, ...] = ()
         complete = True
         if kind in ("array_of_maps", "hash_of_maps", "prog_array"):
-            elements, complete = reading.of(fd, info.key_size, waits=kind != "prog_array")
+            elements, complete = reading.of(fd, kind, info.key_size, info.max_entries)
         return MapObject(
             id=info.id,
             name=libbpf.shown(info.name),
@@ -457,36 +457,51 @@ class _Elements:
         self._most_s = _EMULATED_READ_S if emulated() else _ELEMENTS_READ_S
         self._left_s = _FULL_READS * self._most_s
 
-    def of(self, fd: int, key_size: int, *, waits: bool) -> tuple[tuple[int, ...], bool]:
+    def of(
+        self, fd: int, kind: str, key_size: int, max_entries: int
+    ) -> tuple[tuple[int, ...], bool]:
         """Ids of the objects that a map holds as its elements, and whether these are all.
 
         Where a read does not wait, only the time counts in which it runs: a busy machine is no
         reason to leave elements out.
         """
-        clock = time.monotonic if waits else time.thread_time
+        clock = time.thread_time if kind == "prog_array" else time.monotonic
         begun = clock()
-        try:
-            return _elements(fd, key_size, clock, begun + min(self._most_s, self._left_s))
-        finally:
-            self._left_s -= clock() - begun
+        deadline = begun + min(self._most_s, self._left_s)
+        lookup, value = libbpf.api().bpf_map_lookup_elem, ctypes.c_uint32()
+        where = ctypes.byref(value)
+        found: set[int] = set()
+        keys = _listed(fd, key_size) if kind == "hash_of_maps" else _indices(max_entries)
+        complete = True
+        for turn, key in enumerate(keys):
+            if lookup(fd, key, where) == 0:
+                found.add(value.value)
+            elif turn % 64:
+                continue  # an index without an element is passed over at once
+            if clock() > deadline:
+                complete = False
+                break
+        self._left_s -= clock() - begun
+        return tuple(sorted(found)), complete
 
 
-def _elements(
-    fd: int, key_size: int, clock: Callable[[], float], deadline: float
-) -> tuple[tuple[int, ...], bool]:
-    lib = libbpf.api()
-    key, following = (ctypes.create_string_buffer(key_size) for _ in range(2))
-    value = ctypes.c_uint32()
-    found: set[int] = set()
+def _indices(count: int) -> Iterator[Any]:
+    """Each index as a key of an array; the same place in memory every time."""
+    key = ctypes.c_uint32()
+    where = ctypes.byref(key)
+    for key.value in range(count):
+        yield where
+
+
+def _listed(fd: int, key_size: int) -> Iterator[Any]:
+    """Each key of a hash, as long as the next one is not asked for."""
+    following = libbpf.api().bpf_map_get_next_key
+    key, spare = (ctypes.create_string_buffer(key_size) for _ in range(2))
     previous = None
-    while lib.bpf_map_get_next_key(fd, previous, following) == 0:
-        if clock() > deadline:
-            return tuple(sorted(found)), False
-        if lib.bpf_map_lookup_elem(fd, following, ctypes.byref(value)) == 0:
-            found.add(value.value)
-        key, following = following, key
+    while following(fd, previous, spare) == 0:
+        yield spare
+        key, spare = spare, key
         previous = key
-    return tuple(sorted(found)), True
 
 
 def _read_program(identifier: int) -> ProgramObject | None:

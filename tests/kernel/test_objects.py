@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from labkit.kernel import libbpf, tools, trials
+from labkit.kernel import libbpf, objects, tools, trials
 from labkit.kernel.attachments import Standing, survey
 from labkit.kernel.libbpf import MapKind, ProgramKind
 from labkit.kernel.objects import Objects, difference, family, snapshot
@@ -146,6 +146,20 @@ def test_elements_of_an_outer_map_and_of_a_program_array_are_reached(closing: Ex
     assert by_name["labkit_outer"].elements_complete
     assert by_name["labkit_calls"].program_ids == (program_id,)
     assert inner_id in found.maps and program_id in found.programs
+
+
+@pytest.mark.parametrize("kind", [MapKind.ARRAY_OF_MAPS, MapKind.HASH_OF_MAPS])
+def test_all_elements_together_are_read_in_a_bounded_time(
+    kind: MapKind, closing: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = make_map(closing, "labkit_inner")
+    outer = make_map(closing, "labkit_outer", kind, inner_fd=inner)
+    put(outer, 1, inner)
+    outer_id, inner_id = libbpf.map_info(outer).id, libbpf.map_info(inner).id
+    found = snapshot().maps[outer_id]
+    assert found.elements_complete and found.map_ids == (inner_id,)
+    monkeypatch.setattr(objects, "_FULL_READS", 0)
+    assert not snapshot().maps[outer_id].elements_complete
 
 
 def test_a_pin_in_a_private_bpffs_belongs_to_the_process_that_holds_it(closing: ExitStack) -> None:
