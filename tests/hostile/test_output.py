@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,6 +64,40 @@ def test_nobody_who_can_be_told(told: str) -> None:
 @pytest.mark.parametrize("command", ["list", "--help"])
 def test_a_reader_that_has_seen_enough(command: str) -> None:
     assert shell(f"{LABKIT} {command} | true")[1] == ""
+
+
+def a_device(path: Path) -> None:
+    os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))  # another /dev/null
+
+
+def a_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(path))
+
+
+def a_link(path: Path) -> None:
+    a_device(path.with_name("behind"))
+    path.symlink_to("behind")
+
+
+@pytest.mark.parametrize("make", [a_device, a_socket, a_link, os.mkfifo, os.mkdir])
+def test_no_file_takes_the_place_of_what_is_none(make: Callable[[Path], None]) -> None:
+    """As root /dev/null would be a Parquet file from then on, for the whole machine."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a socket's path is short
+        path = Path(folder, "there")
+        try:
+            make(path)
+        except PermissionError as refusal:
+            pytest.skip(f"only root makes it: {refusal}")
+        before = os.lstat(path)
+        for words in (
+            f"watch 1 --parquet {path}",
+            f"canary 1 --prometheus {path} --key 1 -- {{version}}",
+        ):
+            status, told = shell(f"{LABKIT} {words}")
+            assert status == 2 and "is no plain file" in told and told.count("\n") == 1, words
+        after = os.lstat(path)
+        assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
 
 
 def fed(table: Map) -> None:
