@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from labkit import __main__
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child
@@ -110,6 +113,29 @@ def fed(table: Map) -> None:
 @pytest.fixture
 def table(kernel: None) -> Map:
     return Map.create(MapKind.HASH, key="u4", value="u8", max_entries=4, name="output")
+
+
+@pytest.mark.parametrize("limit", ["ulimit -n 12", "ulimit -n 63"])
+@pytest.mark.parametrize("command", ["list", "watch --all --seconds 1", "diagnose 1"])
+def test_too_few_descriptors_are_said_before_anything_else(limit: str, command: str) -> None:
+    status, told = shell(f"{limit}; {LABKIT} {command}")
+    assert status == 3 and told.startswith("This process may open ") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), OSError(errno.EMFILE, "Too many open files"), OSError(errno.ENOMEM, "")],
+)
+def test_a_limit_that_is_reached_is_no_error_of_the_lab(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*given: object) -> None:
+        raise error
+
+    monkeypatch.setattr(signal, "signal", lambda *given: None)
+    monkeypatch.setattr(__main__, "_parser", fail)
+    assert __main__.main(["list"]) == 4
+    assert capsys.readouterr().err.startswith("A limit of this process is reached (")
 
 
 @pytest.mark.kernel
