@@ -90,5 +90,5 @@ def test_a_leak_falls_short_and_so_does_what_was_hardly_looked_at() -> None:
 
 
 def test_the_recorded_runs_hold() -> None:
-    for profile in runs.PROFILES:
-        assert all(bars.judge(run).holds for run in runs.recorded(bars.EXPERIMENT, profile=profile))
+    found = runs.recorded(bars.EXPERIMENT, profile="full")
+    assert found and all(bars.judge(run).holds for run in found)
