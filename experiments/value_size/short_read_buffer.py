@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import functools
@@ -31,7 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _KEY = 0
-_CHUNKS = 2_000  # from the heap, so that two of them surely lie side by side
+_CHUNKS = 2_000  # asked of the heap at once, until two of them lie side by side
+_MOST_CHUNKS = 1_000_000  # an old heap has many holes of one size, apart from each other
 
 
 def _derived(tables: Tables) -> Tables:
@@ -369,14 +369,17 @@ def _on_the_heap(table: Map, length: int) -> dict[str, object]:
         libc.malloc_usable_size.restype = ctypes.c_size_t
         libc.malloc_usable_size.argtypes = libc.free.argtypes = [ctypes.c_void_p]
         libc.free.restype = None
-        chunks = sorted(libc.malloc(length) for _ in range(_CHUNKS))
-        # A chunk's size stands in the word before it, behind the last usable byte of the
-        # chunk below.
-        usable = libc.malloc_usable_size(chunks[0])
-        apart = usable + ctypes.sizeof(ctypes.c_size_t)
-        buffer = next((low for low, high in pairwise(chunks) if high - low == apart), None)
-        if buffer is None:
-            raise LabError(f"No two of {_CHUNKS} heap chunks of {length} B lie side by side.")
+        chunks: list[int] = []
+        buffer = None
+        while buffer is None:
+            if len(chunks) >= _MOST_CHUNKS:
+                raise LabError(f"No two of {len(chunks)} heap chunks of {length} B are neighbours.")
+            chunks = sorted([*chunks, *(libc.malloc(length) for _ in range(_CHUNKS))])
+            # A chunk's size stands in the word before it, behind the last usable byte of the
+            # chunk below.
+            usable = libc.malloc_usable_size(chunks[0])
+            apart = usable + ctypes.sizeof(ctypes.c_size_t)
+            buffer = next((low for low, high in pairwise(chunks) if high - low == apart), None)
         for chunk in (buffer, buffer + apart):
             ctypes.memset(chunk, 0, usable)
         behind = np.ctypeslib.as_array((ctypes.c_ubyte * table.value_size).from_address(buffer))
@@ -386,8 +389,12 @@ def _on_the_heap(table: Map, length: int) -> dict[str, object]:
         seen[1] = np.count_nonzero(behind[length:] != before[length:])
         libc.free(buffer + apart)
 
-    with Child(read_then_free) as child, contextlib.suppress(LabError):
-        child.result()
+    with Child(read_then_free) as child:
+        try:
+            child.result()
+        except LabError:
+            if child.exit_status is None or child.exit_status >= 0:
+                raise  # it did not die of its memory: it never came so far
     return _end("heap", table, length, int(seen[0]), int(seen[1]), child)
 
 

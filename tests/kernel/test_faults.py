@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 COMMAND = [sys.executable, "-m", "labkit"]
-GONE_WITHIN_S = 15.0
+WITHIN_S = 60.0
 HOLDS = "toy-holds-objects"
 
 
@@ -40,7 +40,7 @@ def told(words: str) -> dict[str, int]:
 
 
 def wait_for(what: Callable[[], bool], why: str) -> None:
-    deadline = time.monotonic() + GONE_WITHIN_S
+    deadline = time.monotonic() + WITHIN_S
     while not what():
         assert time.monotonic() < deadline, why
         time.sleep(0.05)
@@ -96,7 +96,7 @@ def test_kill_9_in_the_middle_of_an_experiment(victim: str, tmp_path: Path) -> N
         os.kill(said["worker"] if victim == "worker" else command.pid, signal.SIGKILL)
         wait_until_nothing_is_left(said, before)
         if victim == "worker":
-            assert command.wait(GONE_WITHIN_S) == 4
+            assert command.wait(WITHIN_S) == 4
 
 
 def test_ctrl_c_in_the_middle_of_an_experiment(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_ctrl_c_in_the_middle_of_an_experiment(tmp_path: Path) -> None:
     with running([*COMMAND, "run", HOLDS, "--folder", str(tmp_path)]) as command:
         said = told(line_with(command, "worker"))
         os.killpg(command.pid, signal.SIGINT)
-        assert command.wait(GONE_WITHIN_S) == 130
+        assert command.wait(WITHIN_S) == 130
         wait_until_nothing_is_left(said, before)
 
 
@@ -163,7 +163,7 @@ def test_kill_in_the_middle_of_a_notebook(victim: str, tmp_path: Path) -> None:
         else:
             os.killpg(making.pid, signal.SIGINT)
         wait_until_nothing_is_left(told(words), before)
-        status = making.wait(2 * GONE_WITHIN_S)
+        status = making.wait(WITHIN_S)
         wait_for(lambda: not alive(kernel), "the notebook's kernel runs on")
         wait_for(lambda: not list(folders.glob(f"labkit-{making.pid}-*")), "its sockets stay")
         assert set(folders.glob("tmp*.json")) == connections
