@@ -408,7 +408,10 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _complain(error: LabError, about: str = "") -> int:
-    console.tell(f"{about}: {error}" if about else str(error))
+    words = f"{about}: {error}" if about else str(error)
+    if getattr(error, "errno", None) in _OF_LIMITS:
+        words += "; a limit of this process is reached: raise it (ulimit -a)"
+    console.tell(words)
     return error.status
 
 
