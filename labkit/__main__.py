@@ -42,6 +42,9 @@ _OF_FILES = {
     errno.ENOSPC, errno.EDQUOT, errno.EIO,
 }  # fmt: skip
 
+_OF_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_LEAST_DESCRIPTORS = 64
+
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -75,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.open_missing()
     _heed_signals()
     try:
+        _require_descriptors()
         with console.guarded_output() as output:
             chosen = _parser().parse_args(_sized(sys.argv[1:] if arguments is None else arguments))
             chosen.output = output
@@ -95,6 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in _OF_FILES and error.filename:
             named = os.fsdecode(error.filename)
             console.tell(f"{named!r} cannot be used ({error.strerror}): name another.")
+            return LabError.status
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_LIMITS:
+            console.tell(f"A limit of this process is reached ({error}): raise it (ulimit -a).")
             return LabError.status
         what = " ".join(f"{type(error).__name__}: {error}".split())
         console.tell(
@@ -426,7 +433,10 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _complain(error: LabError, about: str = "") -> int:
-    console.tell(f"{about}: {error}" if about else str(error))
+    words = f"{about}: {error}" if about else str(error)
+    if getattr(error, "errno", None) in _OF_LIMITS:
+        words += "; a limit of this process is reached: raise it (ulimit -a)"
+    console.tell(words)
     return error.status
 
 
@@ -439,6 +449,19 @@ def _sized(arguments: Sequence[str]) -> Sequence[str]:
                 "the most: shorten it."
             )
     return arguments
+
+
+def _require_descriptors() -> None:
+    """With fewer, a kernel that has all that is needed would look as if it had not."""
+    if sys.platform == "linux":
+        import resource
+
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if most < _LEAST_DESCRIPTORS:
+            raise Unavailable(
+                f"This process may open {most} files, and a command needs {_LEAST_DESCRIPTORS}: "
+                "raise the limit (ulimit -n 1024)."
+            )
 
 
 def _heed_signals() -> None:

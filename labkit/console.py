@@ -1,4 +1,4 @@
-"""Standard output as a command finds it: closed, full, left by its reader, or read slowly."""
+"""Where a command writes: standard output closed, full, left by its reader, read slowly; files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import io
 import math
 import os
 import select
+import stat
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
-from labkit.errors import LabError
+from labkit.errors import BadInput, LabError
 
 _PIECE: Final = 4096  # a pipe that can be written takes so much at once (PIPE_BUF)
 
@@ -83,6 +85,22 @@ def guarded_output() -> Iterator[Output]:
         sys.stdout = usual
         if raw.left_out:
             tell(f"{raw.left_out:,} lines were left out: whoever reads them is too slow.")
+
+
+def require_replaceable(path: str | Path) -> None:
+    """Refuse a name whose place a file must not take, which is given its name once it is whole.
+
+    Raises
+    ------
+    BadInput
+        A folder, device, FIFO, socket or link is there: it would be gone.
+    """
+    with contextlib.suppress(OSError):  # what is not there
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise BadInput(
+                f"{str(path)!r} is no plain file but a folder, a device, a link or the like, whose "
+                "place the file would take: name another one."
+            )
 
 
 class Output(io.RawIOBase):

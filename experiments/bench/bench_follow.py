@@ -68,6 +68,7 @@ _SAMPLES: Final = 240
 _SAID_EVERY: Final = 12  # samples
 _TOLD_S: Final = 0.05  # from one word of a follower to its next
 _READY_S: Final = 60.0
+_MOST_STALL_S: Final = 3.0
 _SETTLE_S: Final = 30.0
 _RING_BYTES: Final = 1 << 22
 _MOST_RATE: Final = 1_000_000
@@ -215,9 +216,19 @@ def _until_told(
     phase: Phase,
     said: Said,
 ) -> None:
-    """Poll, and tell now and then; in the end until all is accounted for."""
+    """Poll, and tell now and then; in the end until all is accounted for.
+
+    At first it stalls until its ring has run over: so drops are a part of every account, and what
+    memory a full ring takes is taken before memory is looked at.
+    """
     poll()
     said["ready"] = 1
+    while not phase[0]:
+        time.sleep(_TICK_S)
+    stalled = time.monotonic() + _MOST_STALL_S
+    while not said["dropped"][0] and time.monotonic() < stalled:
+        time.sleep(_TOLD_S)
+        tell()
     told_at, ends = 0.0, np.inf
     while True:
         poll()

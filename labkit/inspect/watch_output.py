@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from labkit.console import require_replaceable
 from labkit.errors import BadInput, LabError
 from labkit.kernel import libbpf
 from labkit.kernel.btf_words import Words, words_of
@@ -246,8 +247,7 @@ class _ParquetFile(Closing):
         self._path = path
         self._rows: list[dict[str, Any]] = []
         self._writer: Any = None
-        if path.is_dir():
-            raise BadInput(f"{path} is a folder: name a file in it.")
+        require_replaceable(path)
         try:
             fd = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o644)
         except OSError as error:

@@ -7,6 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from labkit.console import require_replaceable
 from labkit.errors import BadInput, LabError
 
 
@@ -16,10 +17,11 @@ def require_writable(path: str) -> None:
     Raises
     ------
     BadInput
-        It is a folder, or its folder is missing or closed to this user.
+        It is no plain file, or its folder is missing or closed to this user.
     """
+    require_replaceable(path)
     folder = Path(path).parent
-    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise BadInput(
             f"No file can be written at {path!r}: give one in a folder that is there, and that "
             "this user may write to."

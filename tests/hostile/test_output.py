@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
+import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from labkit import __main__
 from labkit.kernel.libbpf import MapKind
-from labkit.kernel.maps import Map
+from labkit.kernel.maps import Map, map_error
 from labkit.kernel.parallel import Child
 
 LABKIT = f"{sys.executable} -m labkit"
@@ -62,6 +69,40 @@ def test_a_reader_that_has_seen_enough(command: str) -> None:
     assert shell(f"{LABKIT} {command} | true")[1] == ""
 
 
+def a_device(path: Path) -> None:
+    os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))  # another /dev/null
+
+
+def a_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(path))
+
+
+def a_link(path: Path) -> None:
+    a_device(path.with_name("behind"))
+    path.symlink_to("behind")
+
+
+@pytest.mark.parametrize("make", [a_device, a_socket, a_link, os.mkfifo, os.mkdir])
+def test_no_file_takes_the_place_of_what_is_none(make: Callable[[Path], None]) -> None:
+    """As root /dev/null would be a Parquet file from then on, for the whole machine."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a socket's path is short
+        path = Path(folder, "there")
+        try:
+            make(path)
+        except PermissionError as refusal:
+            pytest.skip(f"only root makes it: {refusal}")
+        before = os.lstat(path)
+        for words in (
+            f"watch 1 --parquet {path}",
+            f"canary 1 --prometheus {path} --key 1 -- {{version}}",
+        ):
+            status, told = shell(f"{LABKIT} {words}")
+            assert status == 2 and "is no plain file" in told and told.count("\n") == 1, words
+        after = os.lstat(path)
+        assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+
+
 def fed(table: Map) -> None:
     """Write as fast as it goes, until killed."""
     while True:
@@ -72,6 +113,35 @@ def fed(table: Map) -> None:
 @pytest.fixture
 def table(kernel: None) -> Map:
     return Map.create(MapKind.HASH, key="u4", value="u8", max_entries=4, name="output")
+
+
+@pytest.mark.parametrize("limit", ["ulimit -n 12", "ulimit -n 63"])
+@pytest.mark.parametrize("command", ["list", "watch --all --seconds 1", "diagnose 1"])
+def test_too_few_descriptors_are_said_before_anything_else(limit: str, command: str) -> None:
+    status, told = shell(f"{limit}; {LABKIT} {command}")
+    assert status == 3 and told.startswith("This process may open ") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.EMFILE, "Too many open files"),
+        OSError(errno.ENOMEM, ""),
+        map_error(errno.EMFILE, "Opening map id 7"),
+        map_error(errno.ENOMEM, "Creating a map"),
+    ],
+)
+def test_a_limit_that_is_reached_is_no_error_of_the_lab(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*given: object) -> None:
+        raise error
+
+    monkeypatch.setattr(signal, "signal", lambda *given: None)
+    monkeypatch.setattr(__main__, "_parser", fail)
+    assert __main__.main(["list"]) == 4
+    assert "limit of this process is reached" in capsys.readouterr().err
 
 
 @pytest.mark.kernel
