@@ -75,7 +75,7 @@ def result(
     if math.isinf(least) and math.isinf(most):
         return Result(name, median, unit, low, high)
     holds: bool | None = least <= median <= most
-    if not holds:
+    if not holds and values.notna().all():  # what was not measured falls short
         told = sign_interval(values)
         # Of too few repetitions for an interval their range stands for it.
         ends = (low, high) if math.isnan(told.low) else (told.low, told.high)

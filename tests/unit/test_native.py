@@ -431,6 +431,7 @@ class WholeFollower(FakeFollower):
         super().__init__(np.zeros(PROGRAMS * CPUS, np.int64))
         self._replica, self._closed = Replica(layout("u8", "u8")), False
         self._event, self._change = EVENT, self._replica.change_dtype
+        self._version = "version"
         self._slot = 8 + EVENT.itemsize
         self._reader = self.reader = FakeReader(ring, "native" if compiled else "numpy")
         self.reader._dtype = EVENT
