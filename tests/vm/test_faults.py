@@ -280,7 +280,7 @@ def test_a_full_disk_is_told_before_anything_is_started(images: Path, tmp_path: 
 
 def wheels() -> str:
     """Name of the folder that tells the build that the Python packages have been fetched."""
-    pins = re.findall(r'"([^" ]*==[^" ]*)"', (vm.CHECKOUT / "pyproject.toml").read_text())
+    pins = re.findall(r'"((?!numba=)[^" ]*==[^" ]*)"', (vm.CHECKOUT / "pyproject.toml").read_text())
     return "wheels-" + hashlib.sha256("".join(f"{pin}\n" for pin in pins).encode()).hexdigest()[:16]
 
 
