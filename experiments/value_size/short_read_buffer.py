@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import faulthandler
 import functools
 import mmap
 import os
@@ -364,6 +365,7 @@ def _on_the_heap(table: Map, length: int) -> dict[str, object]:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)  # the allocator's last words
+        faulthandler.disable()
         libc = ctypes.CDLL(None)
         libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
         libc.malloc_usable_size.restype = ctypes.c_size_t
