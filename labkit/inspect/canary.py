@@ -65,7 +65,7 @@ _MOST_VERSIONS: Final = 1_000_000
 
 
 @dataclass(frozen=True)
-class Sighting:
+class Freshness:
     """What became of every version that the command was run with.
 
     Times are CLOCK_MONOTONIC nanoseconds, 0 where there was none; arrays have shape ``(n,)``.
@@ -243,7 +243,7 @@ def canary(
     per_second: float = 10.0,
     seconds: float = 10.0,
     wait_s: float = 5.0,
-) -> Sighting:
+) -> Freshness:
     """Have versions of one key written, and look when each stands in a map.
 
     Parameters
@@ -271,7 +271,7 @@ def canary(
 
     Returns
     -------
-    Sighting
+    Freshness
         Each age holds the start of the command, and up to a millisecond between two looks.
 
     Raises
@@ -322,7 +322,7 @@ def canary(
         intended = time.monotonic_ns() + (moments * 1e9).astype(np.int64)
         run = _Run(writer, look, first, intended, wait_s)
         run.to_its_end()
-        return Sighting(
+        return Freshness(
             map_id=table.id,
             map_name=table.name,
             key=key,
@@ -600,7 +600,7 @@ def show(
     Returns
     -------
     bool
-        As `Sighting.holds`.
+        As `Freshness.holds`.
 
     Raises
     ------

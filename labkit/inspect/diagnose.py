@@ -138,8 +138,8 @@ class Diagnosis:
 
     def __str__(self) -> str:
         """The map, who holds and uses it, and the diagnostics, for a terminal."""
-        remarks = [paragraph(one) for one in self.diagnostics]
-        return "\n".join([*_heading(self.state), *remarks, *_extent(self.state)])
+        told = [paragraph(one) for one in self.diagnostics]
+        return "\n".join([*_heading(self.state), *told, *_extent(self.state)])
 
     def as_json(self) -> dict[str, Any]:
         """The same for scripts."""

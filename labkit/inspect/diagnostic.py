@@ -1,4 +1,4 @@
-"""One remark on a map: what is so, how much it matters, and what to do about it."""
+"""One diagnostic of a map: what is so, how much it matters, and what to do about it."""
 
 from __future__ import annotations
 

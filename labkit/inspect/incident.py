@@ -40,7 +40,7 @@ def incident(
     """Put all that may explain a stale map into one file, for somebody on another machine.
 
     Keys and values of the maps that are named are part of it; of a whole machine only the few that
-    a remark shows.
+    a diagnostic shows.
 
     Parameters
     ----------

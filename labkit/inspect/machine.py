@@ -203,7 +203,7 @@ class Machine:
             empty for the whole machine.
         """
         of = {"asked": asked}
-        remarks = Counter(
+        diagnostics = Counter(
             (one.weight, one.experiment)
             for each in self.findings
             for one in each.diagnostics
@@ -216,10 +216,10 @@ class Machine:
                 [({**of, "state": state}, count) for state, count in self._states().items()],
             ),
             Metric(
-                "labkit_diagnose_remarks", "gauge",
+                "labkit_diagnose_diagnostics", "gauge",
                 "Causes and risks of the last diagnosis, by the experiment that shows them.",
                 [({**of, "weight": weight, "experiment": experiment}, count)
-                 for (weight, experiment), count in sorted(remarks.items())],
+                 for (weight, experiment), count in sorted(diagnostics.items())],
             ),
             Metric(
                 "labkit_diagnose_map_causes", "gauge",

@@ -12,14 +12,14 @@ import pytest
 
 from labkit.errors import BadInput, LabError
 from labkit.inspect import prometheus
-from labkit.inspect.canary import Sighting, _parsed, canary
+from labkit.inspect.canary import Freshness, _parsed, canary
 from labkit.inspect.prometheus import Metric
 from labkit.inspect.whole_file import require_writable
 
 MS = 1_000_000
 
 
-def sighting(seen_ms: list[float], itself: list[bool], **given: Any) -> Sighting:
+def sighting(seen_ms: list[float], itself: list[bool], **given: Any) -> Freshness:
     """Versions wanted every 10 ms, each seen so many milliseconds after the beginning."""
     count = len(seen_ms)
     intended = 1_000 * MS + 10 * MS * np.arange(count)
@@ -29,7 +29,7 @@ def sighting(seen_ms: list[float], itself: list[bool], **given: Any) -> Sighting
         "ended_ns": intended + MS,
         "statuses": np.zeros(count, np.int64),
     }
-    return Sighting(
+    return Freshness(
         map_id=7, map_name="policy", key="80", first=1, intended_ns=intended,
         seen_ns=np.array(seen, np.int64), itself=np.array(itself), **{**rest, **given},
     )  # fmt: skip

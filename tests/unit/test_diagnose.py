@@ -64,7 +64,7 @@ def test_a_map_that_a_program_reads_and_nothing_is_wrong_with() -> None:
     assert said(facts(made(1), programs=(program(9, 1),))) == {}
 
 
-def test_a_map_without_a_program_is_remarked_on() -> None:
+def test_a_map_without_a_program_has_a_diagnostic() -> None:
     assert said(facts(made(1))) == {"second-map-after-reload": "risk"}
 
 
@@ -88,7 +88,7 @@ def test_another_process_with_a_map_of_that_name_is_but_a_risk() -> None:
 
 
 def of_twins(mine: MapObject, *others: MapObject | ProgramObject, **more: Any) -> Diagnostic:
-    """The one remark about the twin, the first of the others."""
+    """The one diagnostic about the twin, the first of the others."""
     twin, *maps = (one for one in others if isinstance(one, MapObject))
     programs = tuple(one for one in others if isinstance(one, ProgramObject))
     state = facts(mine, twin, *maps, programs=programs, **more)
@@ -357,7 +357,7 @@ def test_left_over_bytes_in_the_padding_of_keys_are_counted() -> None:
         ({"kind": "perf_event_array"}, 0, "perf-array-lookup", "risk"),
     ],
 )
-def test_each_property_has_its_remark(
+def test_each_property_has_its_diagnostic(
     changes: dict[str, Any], keys: int, experiment: str, weight: str
 ) -> None:
     assert (
@@ -406,7 +406,7 @@ def test_a_lock_in_the_value_takes_the_place_of_torn_values() -> None:
     assert "BPF_F_LOCK" in one.do and "lock" in one.says
 
 
-def test_every_remark_names_an_experiment() -> None:
+def test_every_diagnostic_names_an_experiment() -> None:
     known = set(catalogue())
     kinds = ("hash", "lru_hash", "percpu_array", "ringbuf", "perf_event_array", "lpm_trie")
     worst: dict[str, Any] = {"frozen": True, "flags": 0x401, "value_size": 64, "pids": (1,)}

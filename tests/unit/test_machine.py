@@ -83,7 +83,7 @@ def test_a_map_that_was_named_has_its_own_series(tmp_path: Path) -> None:
     )
     assert 'map_id="2",kind="hash"} 0.0' in text
     assert (
-        'labkit_diagnose_remarks{asked="pol?cy",weight="cause",experiment="ignored-answers"} 1.0'
+        'diagnose_diagnostics{asked="pol?cy",weight="cause",experiment="ignored-answers"} 1.0'
         in text
     )
     assert path.stat().st_mode & 0o777 == 0o644

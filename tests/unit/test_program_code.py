@@ -226,7 +226,7 @@ def said(map_id: int, **does: Any) -> dict[str, str]:
     return {one.experiment: one.says for one in found if one.weight == "risk"}
 
 
-def test_each_finding_has_its_remark_at_the_right_map(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_finding_has_its_diagnostic_at_the_right_map(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libbpf, "possible_cpus", lambda: 2)
     lines = {5: "count.bpf.c:12: (*v)++;"}
     words = said(HASH, additions=(Addition(6, 8, HASH),), lines=lines)["lost-updates"]
