@@ -7,14 +7,6 @@ enum counted { UPDATES, DELETES, VALUES, COUNTED };
 
 BPF_ARRAY(counts, u64, COUNTED);
 
-// The kernel's own copy of the head of union bpf_attr (include/uapi/linux/bpf.h).
-struct element_call {
-	u32 map_fd;
-	u32 padding;
-	u64 key;
-	u64 value;
-};
-
 static inline void add(u32 which, u64 much)
 {
 	u64 *count = counts.lookup(&which);
@@ -23,7 +15,7 @@ static inline void add(u32 which, u64 much)
 		__sync_fetch_and_add(count, much);
 }
 
-// (command, attr, size); an answer other than 0 would forbid the call
+// (command, the kernel's own copy of attr, size); an answer other than 0 would forbid the call
 int on_bpf(u64 *ctx)
 {
 	struct element_call call = {};

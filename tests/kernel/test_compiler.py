@@ -13,6 +13,7 @@ from labkit.kernel import compiler, programs
 from labkit.kernel.compiler import LoadFailed, compiled
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
+from labkit.sync.trace_hook import way_to_map
 
 pytestmark = pytest.mark.outside_vm("asks nothing of the kernel that differs between kernels")
 
@@ -112,3 +113,9 @@ def test_an_error_in_the_source_is_the_compilers_first(source: Path) -> None:
         programs.load("some")
     with pytest.raises(BadInput, match="knows no constant"):
         programs.load("some", GIVEN_FD=3)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_what_this_kernel_cannot_run_compiles_all_the_same() -> None:
+    constants = dict.fromkeys(["TABLE_FD", "WRITES", "MAP_ID", *way_to_map()], 8)
+    assert "on_bpf" in compiled("lsm_watch", constants).programs

@@ -306,6 +306,7 @@ def test_a_batch_of_thousands_is_told_whole_and_a_longer_one_is_found() -> None:
         assert all(0 < one.after_ns < one.at_ns for one in found if one.what == "found")
 
 
+@pytest.mark.outside_vm("kernel 6.1 forgets a bound of this hook; a watch takes fexit there")
 def test_a_batch_that_never_began_is_refused_and_one_in_doubt_counts_as_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
