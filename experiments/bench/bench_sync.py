@@ -44,13 +44,15 @@ from labkit.sync.strategy import Stats, Strategy
 PROFILES: Final[dict[str, dict[str, Any]]] = {
     "quick": {
         "rate": 100_000, "seconds": 1.0, "keys": 200, "rounds": 5,
-        "rates": [1_000, 10_000, 100_000], "beside_s": 0.3, "beside_rounds": 3,
+        "rates": [1_000, 10_000, 100_000], "beside_s": 0.3, "beside_rounds": 7,
+        "unjudged_rounds": 2,
         "search_ring_bytes": 1 << 23, "search_rings": 4, "replica_keys": 1_000_000,
         "batch": 16_384, "applied": 1_000_000,
     },
     "full": {
         "rate": 100_000, "seconds": 4.0, "keys": 200, "rounds": 11,
-        "rates": [1_000, 10_000, 100_000, 1_000_000], "beside_s": 1.0, "beside_rounds": 7,
+        "rates": [1_000, 10_000, 100_000, 1_000_000], "beside_s": 1.0, "beside_rounds": 11,
+        "unjudged_rounds": 6,
         "search_ring_bytes": 1 << 23, "search_rings": 8, "replica_keys": 1_000_000,
         "batch": 16_384, "applied": 4_000_000,
     },
@@ -307,7 +309,9 @@ def path(rate: int, seconds: float, keys: int, rounds: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def beside(rates: tuple[int, ...], seconds: float, keys: int, rounds: int) -> pd.DataFrame:
+def beside(
+    rates: tuple[int, ...], seconds: float, keys: int, rounds: int, unjudged: int
+) -> pd.DataFrame:
     """Follow one load by our events, by libbpf in C and by cilium/ebpf in Go, in turns.
 
     Each keeps a replica: ours, a hash table, a Go map. The latency of a change ends when it stands
@@ -321,8 +325,8 @@ def beside(rates: tuple[int, ...], seconds: float, keys: int, rounds: int) -> pd
         Length of a schedule; its first tenth is not judged. `MOST_EVENTS` at most.
     keys : int
         Written in turns.
-    rounds : int
-        Repetitions.
+    rounds, unjudged : int
+        Repetitions with the wakeup policy that the bars judge, and with each other one.
 
     Returns
     -------
@@ -358,7 +362,8 @@ def beside(rates: tuple[int, ...], seconds: float, keys: int, rounds: int) -> pd
         # Followers of one policy and rate stand side by side: other load meets them alike.
         cells = [
             (turn, policy, rate, name)
-            for place, (turn, (policy, rate)) in enumerate(in_turns(pairs, rounds))
+            for place, (turn, (policy, rate)) in enumerate(in_turns(pairs, max(rounds, unjudged)))
+            if turn < (rounds if policy.name == bars.JUDGED else unjudged)
             for _, name in in_turns([bars.OURS_BESIDE, *peers], 1, seed=place)
         ]
         for done, (turn, policy, rate, name) in enumerate(cells):
@@ -660,8 +665,9 @@ def measure(profile: str) -> Run:
     nothing = floor(rounds)
     followed = path(parameters["rate"], parameters["seconds"], keys, rounds)
     compared = beside(
-        tuple(parameters["rates"]), parameters["beside_s"], keys, parameters["beside_rounds"]
-    )
+        tuple(parameters["rates"]), parameters["beside_s"], keys, parameters["beside_rounds"],
+        parameters["unjudged_rounds"],
+    )  # fmt: skip
     best, trials = sustained(
         parameters["search_ring_bytes"], parameters["search_rings"], keys, rounds
     )

@@ -31,6 +31,7 @@ _LOOK_AFTER_S = 0.001
 _WHO_AT = 3
 _WHO = np.uint64(0xFFFF_FF00)
 _LONGEST_GATHER_S = 1.0  # no longer does a signal wait that comes just before a sleep
+_COPIED_BYTES = 16_384  # less costs more in new memory than in a copy
 MOST_EVENTS = 65_536
 """Events that are read and applied at once, at most."""
 
@@ -330,15 +331,11 @@ class RingEvents(Strategy):
         ring = reader.ring
         if ring is None or self._library is None or self._version is None:
             return None
-        # Events are read into one place, again and again, and news copied from there.
-        self._events = np.empty(MOST_EVENTS, self._event)
-        self._as_changes = self._events.view(self._change)
         self._fresh = np.empty(MOST_EVENTS, np.bool_)
         expected, produced_before, dropped_before = self._account
-        return native.Follow(
+        follow = native.Follow(
             ring=ctypes.pointer(ring),
             table=self.replica.shared,
-            events=native.address(self._events),
             most=MOST_EVENTS,
             event_bytes=self._event.itemsize,
             value_at=self._event.fields["value"][1],  # type: ignore[index]
@@ -352,6 +349,13 @@ class RingEvents(Strategy):
             timer_ns=round(1e9 * self._timer_s),
             **native.lock_functions(),
         )
+        self._make_room(follow)
+        return follow
+
+    def _make_room(self, follow: native.Follow) -> None:
+        """Give compiled code new memory to read events into."""
+        self._events = np.empty(MOST_EVENTS, self._event)
+        follow.events = native.address(self._events)
 
     def _take_natively(
         self, follow: native.Follow, reader: RingReader
@@ -362,10 +366,20 @@ class RingEvents(Strategy):
         reader.took(taken)
         if follow.gap < 0:
             raise self._of_nobody()
-        changes, fresh, applied = self._as_changes[:taken], self._fresh[:taken], follow.applied
-        if applied < taken:
-            fresh[applied:] = self.replica.apply(changes[applied:])
-        return self._count_news(changes, fresh).copy(), follow.gap > 0, follow.unread
+        events = self._events
+        changes, fresh = events[:taken].view(self._change), self._fresh[:taken]
+        if follow.applied < taken:
+            fresh[follow.applied :] = self.replica.apply(changes[follow.applied :])
+        news = self._count_news(changes, fresh)
+        if news is changes and news.nbytes < _COPIED_BYTES:
+            news = news.copy()
+        elif news is changes:
+            # Nobody reads the ring now. Pages of a copy would be touched first, which takes most of
+            # the time; instead the events' own are handed out, without those that are not used.
+            self._make_room(follow)
+            events.resize(taken, refcheck=False)
+            news = events.view(self._change)
+        return news, follow.gap > 0, follow.unread
 
     def _take_by_numpy(self, reader: RingReader) -> tuple[Changes, bool, int]:
         """The same without compiled code."""

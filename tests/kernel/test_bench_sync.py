@@ -57,7 +57,7 @@ def test_events_are_sooner_than_a_poll() -> None:
 
 
 def test_peers_follow_as_we_do() -> None:
-    table = bench_sync.beside((1_000, 20_000), seconds=0.1, keys=50, rounds=1)
+    table = bench_sync.beside((1_000, 20_000), seconds=0.1, keys=50, rounds=1, unjudged=1)
     followers = set(table["follower"])
     assert {OURS_BESIDE, C} <= followers
     assert (GO in followers) == go_is_here()
