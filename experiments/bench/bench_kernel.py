@@ -21,13 +21,13 @@ from experiments.bench import kernel_bars as bars
 from experiments.bench.peers import MOST_EVENTS, Peer, Policy, policies, running
 from labkit.errors import LabError, TimedOut
 from labkit.judge.statistics import percentiles
-from labkit.kernel import probe, programs
+from labkit.kernel import libbpf, native, probe, programs
 from labkit.kernel.closing import Closing
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, cpus, shared_array
 from labkit.kernel.provenance import provenance, usage, usage_since
-from labkit.kernel.ringbuf import RingReader, slot_bytes, wakeup_constants
+from labkit.kernel.ringbuf import Records, RingReader, slot_bytes, wakeup_constants
 from labkit.lab import bench
 from labkit.lab.driver import in_turns
 from labkit.lab.experiment import say
@@ -278,10 +278,16 @@ class ByRingReaderAny(ByRingReader):
 
     name = "RingReader, any size"
 
+    def __init__(self, ring_bytes: int) -> None:
+        super().__init__(ring_bytes)
+        self._room = Records(
+            self._array.view(np.uint8), np.ones(len(self._array), native.PLACE)
+        )  # fmt: skip
+
     def drain(self) -> Consumed:
         """One `RingReader.read_any`, with room for all that the ring holds."""
         begun = time.monotonic_ns()
-        data, places = self._reader.read_any(self._array.nbytes, len(self._array))
+        data, places = self._reader.read_any(out=self._room)
         ns = time.monotonic_ns() - begun
         values = data.view(np.uint64)[places["start"] // 8 + 3]
         return Consumed(len(places), int(values.sum()), ns)
@@ -675,6 +681,22 @@ class Schedule:
         return records["intended_ns"], when.astype(np.int64), cpu_ns
 
 
+def _by_call(
+    table: Map, keys: npt.NDArray[np.uint32], values: npt.NDArray[np.uint64]
+) -> Callable[[], int]:
+    """What no way of reading a hash can do without: one bpf(2), into memory that is touched."""
+    place, count, options = np.zeros(1, np.uint64), ctypes.c_uint32(), libbpf.BatchOpts()
+    where = [native.address(part) for part in (place, keys, values)]
+    counted, opted = ctypes.byref(count), ctypes.byref(options)
+
+    def read() -> int:
+        count.value = len(keys)
+        libbpf.api().bpf_map_lookup_batch(table.fd, None, *where, counted, opted)
+        return count.value
+
+    return read
+
+
 def maps(entries: int, rounds: int) -> pd.DataFrame:
     """Time reading and writing a whole hash, with ours, bcc's ways, and by batch in C and Go.
 
@@ -719,6 +741,7 @@ def maps(entries: int, rounds: int) -> pd.DataFrame:
         # Reads so short that one scheduling of somebody else would hide them are repeated.
         reads: dict[str, tuple[Callable[[], int], int]] = {
             "snapshot()": (lambda: len(ours.snapshot()), 5),
+            bars.BY_CALL: (_by_call(ours, np.zeros_like(keys), np.zeros_like(values)), 5),
             "items_lookup_batch()": (lambda: sum(1 for _ in theirs.items_lookup_batch()), 5),
             "items()": (lambda: sum(1 for _ in theirs.items()), 1),
         }

@@ -131,42 +131,87 @@ static int hand_back(struct ring *ring, u64 position)
 	return 0;
 }
 
-static inline void copy(u8 *to, const u8 *from, u64 size)
+static inline u64 least(u64 one, u64 other)
 {
-	/* Sizes that the compiler knows take no call. */
+	return one < other ? one : other;
+}
+
+/* What is larger has left the caches next to the CPU before anybody reads its copy. */
+#ifndef NEAR
+#define NEAR (1u << 20)
+#endif
+
+/* Stores past the caches, which need not fetch first what stood there: words where words stand. */
+static inline void stream(u8 *to, const u8 *from, u64 size)
+{
+	for (u64 at = 0, word; at < size; at += 8) {
+		memcpy(&word, from + at, 8);
+#ifdef __clang__
+		__builtin_nontemporal_store(word, (u64 *)(to + at));
+#else
+		memcpy(to + at, &word, 8);  // gcc compiles this for its sanitizers only
+#endif
+	}
+}
+
+/* Records of one size that stand ready in a row, so many at most, and to the end of the ring: how
+ * many; each is copied a step behind the one before it, where there is a place for it.
+ */
+static inline u64 row_of(const struct ring *ring, u64 position, u64 size, u64 most, u8 *out,
+			 u64 step, int far)
+{
+	const u64 slot = slot_of(size);
+	u8 *record = record_at(ring, position);
+	u64 done = 0;
+
+	most = least(most, ((u64)(ring->data + ring->capacity - record) + slot - 1) / slot);
+	/* One comparison tells that a record has this size, and is neither busy nor given back. */
+	for (; done < most && header_of(record) == size; done++, record += slot, out += step)
+		if (far)
+			stream(out, record + HEADER, size);
+		else if (step)
+			memcpy(out, record + HEADER, size);
+	return done;
+}
+
+/* The same; sizes that the compiler knows take no call. */
+static u64 copy_row(const struct ring *ring, u64 position, u64 size, u64 most, u8 *out, u64 step,
+		    int far)
+{
 	switch (size) {
-	case 8: memcpy(to, from, 8); break;
-	case 16: memcpy(to, from, 16); break;
-	case 24: memcpy(to, from, 24); break;
-	case 32: memcpy(to, from, 32); break;
-	case 48: memcpy(to, from, 48); break;
-	default: memcpy(to, from, size);
+	case 8: return row_of(ring, position, 8, most, out, step, far);
+	case 16: return row_of(ring, position, 16, most, out, step, far);
+	case 24: return row_of(ring, position, 24, most, out, step, far);
+	case 32: return row_of(ring, position, 32, most, out, step, far);
+	case 48: return row_of(ring, position, 48, most, out, step, far);
+	default: return row_of(ring, position, size, most, out, step, far);
 	}
 }
 
 /* Where a record of any size stands in the array that it was copied to. */
 struct place {
-	u64 start;
-	u64 size;
+	u32 start;
+	u32 size;
 };
 
 /* Takes so many records at most. They all have one size; or, with room for their places, any, and
  * each begins where every type is aligned. A busy record ends the batch.
  */
-static inline i64 take(struct ring *ring, u8 *out, u64 room, u64 most, u64 size,
-		       struct place *places)
+static i64 take(struct ring *ring, u8 *out, u64 room, u64 most, u64 size, struct place *places)
 {
 	u64 end, position = ring->position, taken = 0, used = 0;
+	int far;
 
 	ring->refused = -1;
 	if (hand_back(ring, position))
 		return -1;
 	end = atomic_load_explicit(ring->producer, memory_order_acquire);
+	far = least(room, end - position) > NEAR && !((uintptr_t)out & 7);
 	while (taken < most && position < end) {
-		u8 *record = record_at(ring, position);
-		u32 header = header_of(record);
+		u32 header = header_of(record_at(ring, position));
 		u64 length = header & LENGTH, slot = slot_of(length);
-		int fits = places ? slot - HEADER <= room - used : length == size;
+		u64 step = places ? slot - HEADER : size, row;
+		int fits = places ? step <= room - used : length == size;
 
 		if (slot > ring->capacity || !(fits || (places && (header & DISCARDED)))) {
 			ring->refused = (i64)length;
@@ -176,24 +221,36 @@ static inline i64 take(struct ring *ring, u8 *out, u64 room, u64 most, u64 size,
 			break;
 		if (header & DISCARDED) {
 			ring->discarded++;
-		} else if (places) {
-			memcpy(out + used, record + HEADER, length);
-			places[taken++] = (struct place){ used, length };
-			used += slot - HEADER;
+			position += slot;
 		} else {
-			copy(out + taken++ * size, record + HEADER, size);
+			row = least(end - position, PIECE + slot) / slot;
+			row = least(row, least(most - taken, step ? (room - used) / step : most));
+			row = copy_row(ring, position, length, row, out + used, step,
+				       far && !(length & 7));
+			for (u64 i = 0; places && i < row; i++) {
+				struct place place = { (u32)(used + i * step), (u32)length };
+
+				if (far)
+					stream((u8 *)&places[taken + i], (u8 *)&place, sizeof(place));
+				else
+					places[taken + i] = place;
+			}
+			taken += row;
+			used += row * step;
+			position += row * slot;
 		}
-		position += slot;
 		if (position - ring->position >= PIECE && hand_back(ring, position))
 			return -1;
 	}
+	if (far)
+		atomic_thread_fence(memory_order_seq_cst);  // streams are in no order with other stores
 	return hand_back(ring, position) ? -1 : (i64)taken;
 }
 
 /* RingReader.read: how many records were taken; -1: somebody else reads the ring. */
 i64 lab_ring_take(struct ring *ring, u8 *out, u64 most, u64 size)
 {
-	return take(ring, out, 0, most, size, NULL);
+	return take(ring, out, most * size, most, size, NULL);
 }
 
 /* RingReader.in_place: how many records of this size stand ready in a row, so many at most; those
@@ -205,21 +262,23 @@ i64 lab_ring_ready(struct ring *ring, u64 size, u64 most)
 
 	ring->refused = -1;
 	end = atomic_load_explicit(ring->producer, memory_order_acquire);
-	for (; ready < most && position < end; position += slot) {
+	for (; position < end; position += slot) {
 		u32 header = header_of(record_at(ring, position));
 
 		if ((header & LENGTH) != size) {
 			ring->refused = header & LENGTH;
 			break;
 		}
-		if ((header & BUSY) || slot > end - position || (ready && (header & DISCARDED)))
+		if ((header & BUSY) || slot > end - position)
 			break;
-		if (header & DISCARDED)
-			ring->discarded++;
-		else
-			ready++;
+		if (!(header & DISCARDED)) {
+			most = least(most, (end - position) / slot);
+			ready = row_of(ring, position, size, most, NULL, 0, 0);
+			break;
+		}
+		ring->discarded++;
 	}
-	return hand_back(ring, position - ready * slot) ? -1 : (i64)ready;
+	return hand_back(ring, position) ? -1 : (i64)ready;
 }
 
 /* Behind RingReader.in_place: gives so many bytes back; -1: somebody else reads the ring. */
@@ -402,9 +461,14 @@ static inline void fetch(const struct table *table, struct sought *sought, const
 	}
 }
 
-static inline u64 least(u64 one, u64 other)
+static inline void copy(u8 *to, const u8 *from, u64 size)
 {
-	return one < other ? one : other;
+	/* Sizes that the compiler knows take no call. */
+	switch (size) {
+	case 8: memcpy(to, from, 8); break;
+	case 16: memcpy(to, from, 16); break;
+	default: memcpy(to, from, size);
+	}
 }
 
 /* Replica._find: the row of each key, or -1. */

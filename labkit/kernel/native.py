@@ -40,7 +40,7 @@ FLAGS: Final = ("-std=c11", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wer
 SWITCH: Final = "LABKIT_NATIVE"
 """Environment variable; ``0`` has NumPy do everything."""
 
-PLACE: Final = np.dtype([("start", "u8"), ("size", "u8")])
+PLACE: Final = np.dtype([("start", "u4"), ("size", "u4")])
 """``struct place``: where a record of any size stands in the array that holds it."""
 
 _COMPILERS: Final = ("clang-14", "clang")

@@ -52,6 +52,7 @@ _LENGTH: Final = DISCARDED - 1
 _PIECE: Final = 32_768
 # Records in place are few enough that their bytes, walked once, are in the CPU's cache when read.
 _IN_PLACE_BYTES: Final = 1 << 20
+_MOST_ROOM: Final = 1 << 32
 # How long to look away from a record that is still being written, seconds.
 _BUSY_PAUSE_S: Final = 50e-6
 _POLL_LIMIT_MS: Final = 60_000
@@ -208,7 +209,7 @@ class Records(NamedTuple):
     data : numpy.ndarray
         uint8: their payloads, each from a multiple of 8 bytes on.
     places : numpy.ndarray
-        Rows of `labkit.kernel.native.PLACE`: ``start`` and ``size`` of each, bytes (uint64).
+        Rows of `labkit.kernel.native.PLACE`: ``start`` and ``size`` of each, bytes (uint32).
     """
 
     data: npt.NDArray[np.uint8]
@@ -413,7 +414,9 @@ class RingReader(Closing):
         self._consumed += copied
         return out[:copied]
 
-    def read_any(self, room: int = 1 << 20, limit: int = 65_536) -> Records:
+    def read_any(
+        self, room: int = 1 << 20, limit: int = 65_536, out: Records | None = None
+    ) -> Records:
         """Take records of any size that are in the ring now; never blocks.
 
         The reader's dtype says nothing of them. A record that is still being written ends the
@@ -422,29 +425,41 @@ class RingReader(Closing):
         Parameters
         ----------
         room : int
-            Bytes to hold them, each rounded up to eight.
+            Bytes to hold them, each rounded up to eight; less than 4 GiB.
         limit : int
             Records at most.
+        out : Records, optional
+            Fill these contiguous arrays, whose lengths are room and limit then: new memory costs
+            more at its first use than the records do.
 
         Returns
         -------
         Records
-            Yours to keep.
+            Yours to keep; with ``out``, its ``data`` and a view of the front of its ``places``.
 
         Raises
         ------
         BadInput
-            The reader is closed, has libbpf as its consumer, or the next record is larger than
-            ``room``.
+            The reader is closed, has libbpf as its consumer, ``out`` does not fit, or the next
+            record is larger than ``room``.
         SharedRing
             Another consumer, of any process, has read from the ring.
         """
         self._check_open()
-        if room < 1 or limit < 1:
-            raise BadInput(f"Records want room and a limit, not {room} bytes and {limit} records.")
+        if out is not None:
+            room, limit = len(out.data), len(out.places)
+        if not (0 < room < _MOST_ROOM and limit > 0):
+            raise BadInput(
+                f"Records want room, less than 4 GiB, and a limit, not {room} bytes and {limit} "
+                "records."
+            )
+        out = out or Records(np.empty(room, np.uint8), np.empty(limit, native.PLACE))
+        for array, dtype in zip(out, (np.uint8, native.PLACE), strict=True):
+            if array.dtype != dtype or not (array.flags.c_contiguous and array.flags.writeable):
+                raise BadInput("out is Records of contiguous, writable bytes and places.")
         if self._libbpf is not None:
             raise BadInput("libbpf's consumer takes records of one size: use another one.")
-        data, places = np.empty(room, np.uint8), np.empty(limit, native.PLACE)
+        data, places = out
         if self._native is None:
             taken, refused = self._take_any(data, places)
         else:

@@ -21,7 +21,14 @@ from labkit.kernel import libbpf, native, programs
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, another_cpu, shared_array, together
-from labkit.kernel.ringbuf import WAKEUPS, Consumer, RingReader, RingStats, slot_bytes
+from labkit.kernel.ringbuf import (
+    WAKEUPS,
+    Consumer,
+    Records,
+    RingReader,
+    RingStats,
+    slot_bytes,
+)
 
 BYTES = 64 << 10
 SLOT = slot_bytes(EVENT.itemsize)
@@ -313,14 +320,19 @@ def test_records_of_any_size_are_taken(ring: Map, consumer: Consumer, other: int
         unit.program("emit").test_run()
         with pytest.raises(BadInput, match="has 32 bytes, and there is room for 31"):
             reader.read_any(room=31)
-        assert len(reader.read_any(limit=1).places) == 1
+        mine = Records(np.zeros(256, np.uint8), np.zeros(1, native.PLACE))
+        with pytest.raises(BadInput, match="out is Records of contiguous"):
+            reader.read_any(out=mine._replace(data=mine.data[::2]))
+        taken = reader.read_any(out=mine)
+        assert len(taken.places) == 1 and taken.data is mine.data
+        assert np.shares_memory(taken.places, mine.places)
 
 
 def test_libbpf_takes_one_size(ring: Map) -> None:
     with RingReader(ring, EVENT, consumer="libbpf") as reader:
         with pytest.raises(BadInput, match="records of one size"):
             reader.read_any()
-        with pytest.raises(BadInput, match="want room and a limit"):
+        with pytest.raises(BadInput, match="want room, less than 4 GiB, and a limit"):
             reader.read_any(room=0)
 
 
