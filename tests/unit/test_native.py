@@ -262,7 +262,7 @@ def outcome(reader: FakeReader, what: str, *numbers: int) -> Any:
     try:
         if what == "one size":
             return reader.read(np.zeros(numbers[0], reader._dtype)).tobytes()
-        data, places = reader.read_any(*numbers)
+        data, places = reader.read_any(room=numbers[0], limit=numbers[1])
     except LabError as error:
         return type(error), str(error)
     return [(start, data[start : start + size].tobytes()) for start, size in places.tolist()]
