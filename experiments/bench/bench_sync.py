@@ -585,21 +585,27 @@ def replica(keys: int, batch: int, applied: int, rounds: int) -> pd.DataFrame:
                         raise LabError("The replica did not take the newest change.")
                 rows.append((way, turn, done, spent))
                 continue
-            begun = time.monotonic_ns()
-            if way == bars.READ:
-                found = len(table.snapshot())
-                ns = time.monotonic_ns() - begun
-            else:
-                with Poll() as strategy:
-                    made = strategy.attach(table)
-                    ns = time.monotonic_ns() - begun
-                    found = len(made)
+            found, ns = _read(table) if way == bars.READ else _bootstrap(table)
             if found != keys:
                 raise LabError(f"{way} found {found:,} of {keys:,} keys.")
             rows.append((way, turn, keys, ns))
             say(f"replica: {len(rows)} of {3 * (rounds + 1)} measured")
     measured = pd.DataFrame(rows, columns=["way", "repetition", "things", "ns"])
     return measured[measured["repetition"] > 0].reset_index(drop=True)
+
+
+def _read(table: Map) -> tuple[int, int]:
+    begun = time.monotonic_ns()
+    taken = table.snapshot()
+    return len(taken), time.monotonic_ns() - begun
+
+
+def _bootstrap(table: Map) -> tuple[int, int]:
+    """Its memory is free again for the next one: a machine may make new memory very slowly."""
+    begun = time.monotonic_ns()
+    with Poll() as strategy:
+        made = strategy.attach(table)
+        return len(made), time.monotonic_ns() - begun
 
 
 def floor(rounds: int) -> pd.DataFrame:
