@@ -172,6 +172,8 @@ def _beside(run: Run) -> Iterator[Result]:
             if GO in by[column] and what != "p99":
                 most = CPU_OF_GO if cpu else P50_OF_GO
                 yield result(f"{words}, of Go's", ours / by[column][GO], most=most)
+                words = f"{what} of libbpf in C at {rate:,} changes/s, of Go's"
+                yield result(words, by[column][C] / by[column][GO])
             for name in by[column]:
                 yield result(f"{what} at {rate:,} changes/s, {name}", by[column][name] / 1e3, "us")
         if rate in CPU_AT:
