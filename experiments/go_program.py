@@ -63,8 +63,11 @@ def build(
     command = ["build", *["-race"] * detector, "-o", str(program)]
     if modules:
         place = _module(folder, dict.fromkeys(modules, LIBRARIES))
-        for file in source.glob("*.go") if source.is_dir() else [source]:
-            shutil.copy(file, place)
+        if source.is_dir():
+            shutil.copytree(MODULE, place, dirs_exist_ok=True)
+            command.append(f"./{source.relative_to(MODULE)}")
+        else:
+            shutil.copy(source, place)
     else:
         place = folder
         command.append(str(source))
