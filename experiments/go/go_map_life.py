@@ -64,7 +64,7 @@ _WAYS = {
         Statement("a collection closes what nothing refers to any more, and the end of the process "
                   "the rest", "none(fixed)"),
         Statement("what stays in a process stays by its descriptors",
-                  'all(rounds(case=("kept", "kept-collected", "dropped", "defer-loop")).held '
+                  'all(0 < rounds(case=("kept", "kept-collected", "dropped", "defer-loop")).held '
                   '== rounds(case=("kept", "kept-collected", "dropped", "defer-loop")).maps) '
                   'and none(rounds(case=("pinned", "pinned-ended")).held > 0)'),
         Statement("MaxEntries costs the kernel memory, and Go's heap next to none",
