@@ -76,10 +76,10 @@ class Started(Closing):
         _, complaint = self._process.communicate()
         raise LabError(f"A program in Go ended before its time: {complaint.strip()[-300:]}")
 
-    def go_on(self) -> None:
-        """Let it leave its stage."""
+    def go_on(self, answer: object = "") -> None:
+        """Let it leave its stage; what it asked for is the answer."""
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
+        self._process.stdin.write(f"{answer}\n")
         self._process.stdin.flush()
 
     def end(self) -> None:

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
 )
 
 var in = bufio.NewReader(os.Stdin)
@@ -25,9 +26,10 @@ func Number(at int) int {
 	return number
 }
 
-// Stage tells what has been done, and waits until it is to go on.
-func Stage(words ...any) {
+// Stage tells what has been done, and waits until it is to go on; it answers what is said to that.
+func Stage(words ...any) string {
 	fmt.Println(words...)
-	_, err := in.ReadString('\n')
+	answer, err := in.ReadString('\n')
 	Must(err)
+	return strings.TrimSpace(answer)
 }
