@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Fetches the Go libraries of the benchmarks' peers from Debian sid, whatever suite this machine has,
 # and unpacks them below .lab: nothing is installed. Without them the benchmarks leave Go's rows out.
+# Beside them stands cilium/ebpf as older suites have it, for what no version of it knows.
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-packages=(golang-github-cilium-ebpf-dev golang-golang-x-sys-dev)
+newest=sid
+suites=(bookworm trixie "$newest")
+packages=(golang-github-cilium-ebpf-dev golang-golang-x-sys-dev golang-golang-x-exp-dev)
 libraries=$LAB_STATE/go-libraries
 if [[ -d $libraries ]] || ! command -v apt-get >/dev/null || [[ ! -x $LAB_ROOT/.venv/bin/go ]]; then
     exit 0
@@ -18,15 +21,22 @@ fetch() {
         awk '$1 == "Debian" && $2 !~ /security/ { print $2; exit }')
     mkdir -p "$root"/{lists,cache/archives,unpacked}
     touch "$root/status"
-    echo "deb [signed-by=$key] ${mirror:?no mirror of Debian is configured} sid main" >"$root/sid.list"
+    local suite package
+    for suite in "${suites[@]}"; do
+        echo "deb [signed-by=$key] ${mirror:?no mirror of Debian is configured} $suite main"
+    done >"$root/sources.list"
     cd "$root"
-    local own=(-o "Dir::Etc::sourcelist=$root/sid.list" -o Dir::Etc::sourceparts=/dev/null
+    local own=(-o "Dir::Etc::sourcelist=$root/sources.list" -o Dir::Etc::sourceparts=/dev/null
         -o "Dir::State::Lists=$root/lists" -o "Dir::State::status=$root/status"
         -o "Dir::Cache=$root/cache" -o Acquire::Languages=none -o APT::Sandbox::User=)
-    local package # each by &&: who calls asks for the status, and then no failure ends a function
-    apt-get "${own[@]}" -q update && apt-get "${own[@]}" -q download "${packages[@]}" &&
-        for package in ./*.deb; do dpkg-deb -x "$package" unpacked || return; done &&
-        mv -T unpacked "$libraries"
+    # Each by &&: who calls asks for the status, and then no failure ends a function.
+    apt-get "${own[@]}" -q update &&
+        for suite in "${suites[@]}"; do
+            mkdir "$suite" && (cd "$suite" && apt-get "${own[@]}" -q download "${packages[@]/%//$suite}") &&
+                for package in "$suite"/*.deb; do dpkg-deb -x "$package" "$suite/unpacked" || return; done &&
+                mv -T "$suite/unpacked" "unpacked/$suite" || return
+        done &&
+        mv unpacked/"$newest"/* unpacked && rmdir unpacked/"$newest" && mv -T unpacked "$libraries"
 }
 
 work=$(mktemp -d "$LAB_STATE/go-apt.XXXXXX")

@@ -27,7 +27,6 @@ from labkit.kernel.parallel import ahead_of_others, die_with_parent
 from labkit.lab.experiment import say
 
 SOURCES: Final = compiler.SOURCES / "peers"
-_MODULES: Final = ("github.com/cilium/ebpf", "golang.org/x/sys")
 _BUILD_S: Final = 60.0
 
 MOST_EVENTS: Final = 300_000
@@ -200,7 +199,7 @@ def _built(name: str) -> int:
     with leftovers.temporary_folder() as folder:
         if name == GO:
             say(f"building the peer {GO}")
-            program = go_program.build(SOURCES / "ring_peer.go", folder, modules=_MODULES)
+            program = go_program.build(SOURCES / "ring_peer.go", folder, modules=go_program.EBPF)
         else:
             program = _built_by_gcc(SOURCES / "ring_peer.c", folder)
         return os.open(program, os.O_RDONLY)

