@@ -111,6 +111,8 @@ def _phrase(node: ast.expr) -> str:
             return node.id.replace("_", " ")
         case ast.Tuple():
             return " or ".join(map(_phrase, node.elts))
+        case ast.Attribute(value=ast.Name(id="parameters" | "machine")):
+            return node.attr.replace("_", " ")
         case ast.Attribute():
             unit = _UNITS.search(node.attr)
             words = _UNITS.sub("", node.attr).replace("_", " ") + (f" in {unit[1]}" if unit else "")
