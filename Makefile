@@ -17,7 +17,7 @@ $(foreach name,PROFILE MAP COMMAND LAB_PORT,$(if $(filter undefined,$(origin $(n
 	$(eval export override $(name) := $$(value $(name)))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report test lint lab bench-kernel bench-sync bench-load doctor list verdicts mutation soak soak-follow diagnose watch clean
+.PHONY: help setup report report-archive test lint lab bench-kernel bench-sync bench-load doctor list verdicts mutation soak soak-follow diagnose watch clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -28,6 +28,9 @@ setup: ## install what is missing: Debian packages, headers, the Python environm
 
 report: setup ## run every notebook on this kernel, write reports/index.html (PROFILE=quick or full)
 	@$(ENTER) $(PYTHON) -m labkit report --profile "$$PROFILE"
+
+report-archive: ## the report as one file, reports.tar.gz: index.html in it opens from disk
+	@provision/report-archive.sh
 
 test: setup ## every check and every test (PYTEST_ARGS=... for pytest); installs Chromium, QEMU and Vagrant for it
 	@provision/browser-packages.sh

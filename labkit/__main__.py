@@ -45,6 +45,26 @@ _OF_FILES = {
 _OF_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _LEAST_DESCRIPTORS = 64
 
+_EXAMPLES = {
+    "doctor": ["doctor", "doctor -o json"],
+    "list": ["list", "list lru", "list -o json"],
+    "run": ["run transient-null --help", "run transient-null --set rounds=5", "run all"],
+    "runs": ["runs", "runs transient-null -o json"],
+    "show": ["show transient-null"],
+    "compare": ["compare data/runs/6.18.44-fc-v657/quick/transient-null transient-null"],
+    "report": ["report", "report --profile full --to /tmp/report"],
+    "verdicts": ["verdicts", "verdicts -o json"],
+    "mutation": ["mutation"],
+    "soak": ["soak transient-null --times 5"],
+    "bench": ["bench sync"],
+    "soak-follow": ["soak-follow --seconds 60"],
+    "diagnose": ["diagnose", "diagnose policy", "diagnose /sys/fs/bpf/policy -o json"],
+    "incident": ["incident incident.tar.gz policy", "incident incident.tar.gz --read"],
+    "watch": ["watch policy --seconds 10", "watch --all"],
+    "canary": ["canary policy --key 65535 -- policyctl set 65535 {version}"],
+    "clean": ["clean"],
+}
+
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -122,7 +142,14 @@ def _list(chosen: argparse.Namespace) -> int:
     from labkit.lab.catalogue import catalogue
     from labkit.lab.experiment import FAMILIES
 
-    entries = [_entry(experiment) for experiment in catalogue().values()]
+    wanted = chosen.pattern.lower()
+    entries = [
+        _entry(one)
+        for one in catalogue().values()
+        if wanted in f"{one.id} {one.family} {one.question}".lower()
+    ]
+    if not entries:
+        raise BadInput(f"No experiment has {chosen.pattern!r} in its id, family or question.")
     if chosen.json:
         print(json.dumps(entries, indent=1))
         return 0
@@ -179,6 +206,7 @@ def _run_one(id: str, chosen: argparse.Namespace, changed: dict[str, Any], folde
     """Measure, judge and show one experiment; its exit status."""
     from labkit import runs
     from labkit.judge.findings import FAILS
+    from labkit.lab import saved
     from labkit.lab.catalogue import judge
     from labkit.lab.measure import measure
 
@@ -194,13 +222,19 @@ def _run_one(id: str, chosen: argparse.Namespace, changed: dict[str, Any], folde
         )
         line.clear()
         finding = judge(run)
-        print(run.counts.to_string(index=False, na_rep=""))
-        print(finding)
-        if isinstance(known := run.provenance.get("continued"), dict):
-            print(f"begun at {known['begun_at']}, continued after {known['parts_before']} parts")
-        print(f"saved as {run.path}", flush=True)
+        if chosen.json:
+            print(json.dumps(saved.facts(run) | {"path": str(run.path)}), flush=True)
+        else:
+            print(run.counts.to_string(index=False, na_rep=""))
+            print(finding)
+            if isinstance(known := run.provenance.get("continued"), dict):
+                begun, parts = known["begun_at"], known["parts_before"]
+                print(f"begun at {begun}, continued after {parts} parts")
+            print(f"saved as {run.path}", flush=True)
         if chosen.record and finding.holds:
-            print(f"recorded as {runs.record(run)}", flush=True)
+            place = runs.record(run)
+            if not chosen.json:
+                print(f"recorded as {place}", flush=True)
         elif chosen.record:
             state = "fails" if finding.state == FAILS else "is undecided"
             print(f"not recorded: the finding {state}", file=sys.stderr)
@@ -208,6 +242,80 @@ def _run_one(id: str, chosen: argparse.Namespace, changed: dict[str, Any], folde
     except LabError as error:
         line.clear()
         return _complain(error, id)
+
+
+def _runs(chosen: argparse.Namespace) -> int:
+    from labkit.lab import saved
+    from labkit.lab.measure import RUNS
+
+    found = saved.listed(Path(chosen.folder) if chosen.folder else RUNS, chosen.pattern)
+    if chosen.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for one in found:
+        about = one.get("problem") or f"{one['profile']:5}  {one['kernel']}"
+        print(f"{one['recorded_at'] or 'unreadable':25}  {about}  {one['path']}")
+    if not found:
+        print("There is no such run here: labkit run measures one.")
+    return 0
+
+
+def _show(chosen: argparse.Namespace) -> int:
+    from labkit.lab import saved
+    from labkit.lab.catalogue import judge
+    from labkit.lab.measure import RUNS
+
+    run = saved.find(chosen.run, Path(chosen.folder) if chosen.folder else RUNS)
+    if chosen.json:
+        print(json.dumps(saved.facts(run), indent=1))
+        return 0
+    print(run.counts.to_string(index=False, na_rep=""))
+    print(judge(run))
+    for name, value in {"profile": run.profile, **run.parameters}.items():
+        print(f"{name} = {json.dumps(value)}")
+    print(f"measured {run.provenance['recorded_at']} on kernel {run.kernel}: {run.path}")
+    return 0
+
+
+def _compare(chosen: argparse.Namespace) -> int:
+    from labkit.lab import saved
+    from labkit.lab.measure import RUNS
+
+    folder = Path(chosen.folder) if chosen.folder else RUNS
+    difference = saved.compared(saved.find(chosen.a, folder), saved.find(chosen.b, folder))
+    print(json.dumps(difference, indent=1) if chosen.json else saved.compared_text(difference))
+    return 0
+
+
+class _ParametersHelp(argparse.Action):
+    """``run X --help`` tells the parameters of X as well."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="this help; behind an experiment's id "
+                         "its parameters too")  # fmt: skip
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        """Print it and end."""
+        parser.print_help()
+        for id in namespace.experiment or []:
+            print(f"\n{_parameters_text(id)}" if id != "all" else "")
+        parser.exit()
+
+
+def _parameters_text(id: str) -> str:
+    from labkit.lab.catalogue import find
+    from labkit.lab.schema import parameters
+
+    experiment = find(id)
+    lines = [f"{id}: {experiment.question}", "parameters, for --set NAME=VALUE:"]
+    for one in parameters(experiment):
+        lines.append(
+            f"  {one.name}  {one.bounds}; quick {json.dumps(one.quick)}, "
+            f"full {json.dumps(one.full)}"
+        )
+        if one.about:
+            lines.append(f"      {one.about}")
+    return "\n".join(lines)
 
 
 def _report(chosen: argparse.Namespace) -> int:
@@ -451,6 +559,12 @@ def _sized(arguments: Sequence[str]) -> Sequence[str]:
     return arguments
 
 
+def _is_json(text: str) -> bool:
+    if text not in ("text", "json"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither text nor json")
+    return text == "json"
+
+
 def _require_descriptors() -> None:
     """With fewer, a kernel that has all that is needed would look as if it had not."""
     if sys.platform == "linux":
@@ -494,10 +608,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"labkit {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, command: Command, help: str) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=help, description=help)
+    def add(
+        name: str, command: Command, help: str, own_help: bool = False
+    ) -> argparse.ArgumentParser:
+        one = commands.add_parser(
+            name,
+            help=help,
+            description=help,
+            epilog="\n".join(["examples:", *(f"  labkit {line}" for line in _EXAMPLES[name])]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=not own_help,
+        )
         one.set_defaults(command=command)
         return one
+
+    def answers(one: argparse.ArgumentParser) -> None:
+        """What answers once can do so for scripts."""
+        one.add_argument("-o", "--output", dest="json", type=_is_json, metavar="FORMAT",
+                         default=False, help="text, or json for scripts")  # fmt: skip
+        one.add_argument("--json", dest="json", action="store_true", help="the same as -o json")
 
     def shared(one: argparse.ArgumentParser) -> None:
         """What measures takes these."""
@@ -508,14 +637,18 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     doctor = add("doctor", _doctor, "what this kernel can do, found out by trying")
-    doctor.add_argument("--json", action="store_true", help="for scripts")
+    answers(doctor)
 
     listing = add("list", _list, "every experiment, and whether this kernel can run it")
-    listing.add_argument("--json", action="store_true", help="for scripts")
+    listing.add_argument("pattern", nargs="?", default="", metavar="PATTERN",
+                         help="only those with it in id, family or question")  # fmt: skip
+    answers(listing)
 
-    run = add("run", _run, "measure experiments, save the runs, and say what they show")
+    run = add("run", _run, "measure experiments, save the runs, and say what they show", True)
+    run.add_argument("-h", "--help", action=_ParametersHelp)
     run.add_argument("experiment", nargs="+", metavar="EXPERIMENT", help="id, or all")
     shared(run)
+    answers(run)
     run.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="a parameter that differs from the profile's; the value is JSON",
@@ -527,6 +660,18 @@ def _parser() -> argparse.ArgumentParser:
         help="seconds until an experiment is stopped; ten times as many where the CPU is emulated",
     )
 
+    listed = add("runs", _runs, "the saved runs, the newest first")
+    listed.add_argument("pattern", nargs="?", default="", metavar="PATTERN",
+                        help="only experiments with it in their id")  # fmt: skip
+    show = add("show", _show, "what a saved run shows, with its parameters")
+    show.add_argument("run", metavar="RUN", help="folder of a run, or an experiment: its newest")
+    compare = add("compare", _compare, "what differs between two runs of an experiment")
+    compare.add_argument("a", metavar="A", help="folder of a run, or an experiment: its newest")
+    compare.add_argument("b", metavar="B", help="another one")
+    for one in (listed, show, compare):
+        one.add_argument("--folder", help="folder of runs (default: runs of the checkout)")
+        answers(one)
+
     report = add("report", _report, "run every notebook, and write reports/index.html")
     report.add_argument("--profile", default="quick", choices=("quick", "full"))
     report.add_argument("--to", default=REPORTS, help="folder of the report, replaced as a whole")
@@ -534,7 +679,7 @@ def _parser() -> argparse.ArgumentParser:
     verdicts = add(
         "verdicts", _verdicts, "every claim of the article, judged by the runs; 5: one has changed"
     )
-    verdicts.add_argument("--json", action="store_true", help="for scripts")
+    answers(verdicts)
     verdicts.add_argument(
         "--folder",
         help="folder of fresh runs, to be held against the recorded ones (default: runs)",
@@ -570,7 +715,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     diagnosis.add_argument("map", metavar="MAP", nargs="?",
                            help="id, path of a pin, or name; none: the whole machine")  # fmt: skip
-    diagnosis.add_argument("--json", action="store_true", help="for scripts")
+    answers(diagnosis)
     diagnosis.add_argument("--prometheus", metavar="FILE",
                            help="text for node_exporter's textfile collector")  # fmt: skip
 
@@ -592,7 +737,7 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("--all", action="store_true", help="all maps, without keys and values")
     watch.add_argument("--seconds", type=_seconds, default=math.inf, metavar="S",
                        help="when to end; else by Ctrl-C")  # fmt: skip
-    watch.add_argument("--json", action="store_true", help="one line of JSON an event")
+    answers(watch)
     watch.add_argument("--parquet", type=Path, metavar="FILE",
                        help="write the events there instead, once the watch ends")  # fmt: skip
     watch.add_argument("--key", action="append", default=[], metavar="KEY",
@@ -633,7 +778,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="how long a command, and the last version, may take (5)")  # fmt: skip
     canary.add_argument("--limit-ms", type=_positive, metavar="MS",
                         help="age that 99 %% of the versions must keep to")  # fmt: skip
-    canary.add_argument("--json", action="store_true", help="for scripts")
+    answers(canary)
     canary.add_argument("--prometheus", metavar="FILE",
                         help="text for node_exporter's textfile collector")  # fmt: skip
 

@@ -32,7 +32,7 @@ else
 fi
 
 removed=()
-for path in .venv .lab runs reports .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+for path in .venv .lab runs reports reports.tar.gz .pytest_cache .mypy_cache .ruff_cache .hypothesis \
     .import_linter_cache ./*.egg-info; do
     if [[ -e $path ]]; then
         rm -rf "$path"

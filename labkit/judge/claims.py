@@ -26,6 +26,7 @@ import pandas as pd
 from labkit import runs
 from labkit.errors import BadInput
 from labkit.judge.language import BadPredicate, decide, figure, in_words, reference
+from labkit.judge.plainly import plainly
 from labkit.runs import RECORDED, BadRun, Complete, Run, RunIndex, Usual
 
 LEDGER: Final = Path(__file__).resolve().parents[2] / "data" / "claims.toml"
@@ -112,6 +113,8 @@ class Outcome:
         Where they come from; None without a run.
     problem
         Why it is open; empty where it is not.
+    plain
+        The figures for who does not read the language.
     """
 
     case: Case
@@ -119,6 +122,7 @@ class Outcome:
     figures: str = ""
     run: Run | None = None
     problem: str = ""
+    plain: str = ""
 
     @property
     def undecided(self) -> bool:
@@ -136,6 +140,11 @@ class Outcome:
     def told(self) -> str:
         """What decided, and why nothing did."""
         return "; ".join(filter(None, [self.figures, self.problem]))
+
+    @property
+    def in_words(self) -> str:
+        """The same for who does not read the language."""
+        return "; ".join(filter(None, [self.plain, self.problem]))
 
 
 @dataclass(frozen=True)
@@ -531,7 +540,8 @@ def _decided(case: Case, run: Run | BadRun | None) -> Outcome:
         answer = decide(case.holds, run)
     except BadPredicate as error:
         return Outcome(case, None, problem=str(error))
-    return Outcome(case, answer.holds, str(answer), run, problem=answer.why)
+    plain = plainly(answer.figures, run)
+    return Outcome(case, answer.holds, str(answer), run, answer.why, plain)
 
 
 def _differs(was: Outcome, now: Outcome) -> bool:
@@ -553,6 +563,7 @@ def _open(now: Outcome) -> Outcome:
         now.figures,
         now.run,
         "decided otherwise than recorded in one run of here alone",
+        now.plain,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Final
 
 from labkit.errors import BadInput, LabError
 from labkit.judge.language import BadPredicate, Truth, decide, each_case, figure
+from labkit.judge.plainly import plainly
 from labkit.runs import Run
 
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
@@ -49,11 +50,14 @@ class Check:
         Whether the run shows it; None where it is undecided.
     measured
         The figures that decide: ``"0 of 800,000"``.
+    predicate
+        The statement in the language of :mod:`labkit.judge.language`.
     """
 
     statement: str
     holds: Truth
     measured: str
+    predicate: str = ""
 
     @property
     def state(self) -> str:
@@ -174,14 +178,6 @@ def _check(words: str, holds: str, run: Run) -> Check:
     try:
         answer = decide(holds, run)
     except BadPredicate as error:
-        return Check(words, False, str(error))
-    return Check(
-        words, answer.holds, "; ".join(filter(None, [_measured(answer.figures), answer.why]))
-    )
-
-
-def _measured(figures: Sequence[tuple[str, str]]) -> str:
-    """One figure speaks for itself; several are named."""
-    if len(figures) == 1:
-        return figures[0][1]
-    return "; ".join(f"{name} = {value}" for name, value in figures)
+        return Check(words, False, str(error), holds)
+    measured = answer.figures[0][1] if len(answer.figures) == 1 else plainly(answer.figures, run)
+    return Check(words, answer.holds, "; ".join(filter(None, [measured, answer.why])), holds)

@@ -17,11 +17,9 @@ import re
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,8 @@ from labkit.lab import verdicts
 from labkit.lab.catalogue import catalogue
 from labkit.lab.measure import patience
 from labkit.lab.notebook import FINDING_MIME, KEY_FIGURE, Outcome
+from labkit.lab.notebook_page import Section, sections
+from labkit.lab.notebook_page import body as notebook_body
 from labkit.lab.pages import render
 from labkit.runs import PARTIAL, PROFILES, REPLACED
 
@@ -57,8 +57,6 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 _GENERATOR = '<meta name="generator" content="map freshness lab">'
 _MEASURES = re.compile(r"""\.measure\(\s*["']([a-z0-9-]+)["']""")
 _PICTURE = re.compile(r"Figure of ([a-z0-9-]+):")
-_WIDGET = "application/vnd.jupyter.widget-view+json"
-_NO_ALT = 'alt="No description has been provided for this image"'
 
 
 class ReportFailed(LabError):
@@ -73,7 +71,7 @@ class _Page:
     duration_s: float = 0.0
     problem: str = ""  # why the notebook did not end well; empty where it did
     title: str = ""
-    body: str = ""
+    sections: list[Section] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     anchors: dict[str, str] = field(default_factory=dict)  # of the experiments' sections
     pictures: dict[str, str] = field(default_factory=dict)  # the experiments' first; as below
@@ -163,20 +161,15 @@ def make_report(
                     done(_summary(pages[-1]))
             say("making the pages")
             pages.sort(key=lambda page: page.name)
-            for page in pages:
-                _read(page, partial / f"{page.name}.ipynb")
-                (partial / f"{page.name}.html").write_text(
-                    _html(page.title, f"<p><a href='index.html'>Report</a></p>{page.body}"),
-                    encoding="utf-8",
-                )
+            _write_pages(pages, partial)
             ledger, no_verdicts = Ledger((), (), {}), ""
             try:
                 ledger = verdicts.evaluate(_CHECKOUT / str(given.get("runs_folder", "runs")))
             except LabError as error:  # the notebooks' pages are worth keeping all the same
                 no_verdicts = str(error)
-            claims = _claims(pages, partial, ledger)
-            (partial / "index.html").write_text(
-                _index(pages, ledger, claims, profile, time.monotonic() - begun), encoding="utf-8"
+            shown = _write_claims(pages, partial, ledger)
+            _write_index(
+                pages, ledger if shown else None, profile, time.monotonic() - begun, partial
             )
             _publish(partial, folder)
     except OSError as error:
@@ -196,19 +189,23 @@ def _measures(file: Path) -> bool:
     return _MEASURES.search(file.read_text(encoding="utf-8").replace('\\"', '"')) is not None
 
 
-def _claims(pages: list[_Page], partial: Path, ledger: Ledger) -> str:
-    """Write the pages of wrong claims; the verdicts of all, for the first page."""
-    sections = {
+def _write_claims(pages: list[_Page], partial: Path, ledger: Ledger) -> bool:
+    """Write the pages of the claims; none for a report of other notebooks than the lab's."""
+    addresses = {
         one.experiment: page.section(one.experiment) for page in pages for one in page.outcomes
     }
     pictures: dict[str, str] = {}
     for page in pages:
         pictures = {**page.pictures, **pictures}
-    if not any(id in sections for claim in ledger.claims for id in claim.experiments):
-        return ""  # a report of other notebooks than the lab's
-    for name, title, body in verdicts.wrong_pages(ledger, sections, pictures):
+    if not any(id in addresses for claim in ledger.claims for id in claim.experiments):
+        return False
+    made = [
+        ("claims.html", "The claims", verdicts.all_claims(ledger, addresses)),
+        *verdicts.wrong_pages(ledger, addresses, pictures),
+    ]
+    for name, title, body in made:
         (partial / name).write_text(_html(title, body), encoding="utf-8")
-    return verdicts.front(ledger, sections)
+    return True
 
 
 def _parameters(file: Path) -> dict[str, Any]:
@@ -368,37 +365,23 @@ def _collect(page: _Page, file: Path) -> None:
         page.key_words = figure.data.get("text/plain", "")
 
 
-def _read(page: _Page, file: Path) -> None:
-    """Turn an executed notebook into the body of its page."""
+def _write_pages(pages: list[_Page], partial: Path) -> None:
+    """Write the page of each executed notebook, which leads to the one before and the next."""
     import nbformat
-    from nbconvert import HTMLExporter
 
-    notebook = nbformat.read(file, as_version=4)
-    # papermill's own marks; the page has a better one.
-    notebook.cells = [
-        cell
-        for cell in notebook.cells
-        if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])
-    ]
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            output.get("data", {}).pop(_WIDGET, None)  # its words for a static page remain
-    pictures = [
-        output.data.get("text/plain", "")
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {}) and "text/html" not in output.data
-    ]
-    exporter = HTMLExporter(
-        template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True
-    )
-    with warnings.catch_warnings():  # it warns of pictures without words; they follow
-        warnings.simplefilter("ignore")
-        page.body, _ = exporter.from_notebook_node(notebook)
-    for words in pictures:
-        page.body = page.body.replace(_NO_ALT, f'alt="{escape(words)}"', 1)
-    if page.problem:
-        page.body = f"<div class='problem'><pre>{escape(page.problem)}</pre></div>{page.body}"
+    read = [nbformat.read(partial / f"{page.name}.ipynb", as_version=4) for page in pages]
+    for page, notebook in zip(pages, read, strict=True):
+        page.sections = list(sections(notebook, page.name))
+    by_number = {one.experiment: one for page in pages for one in page.sections if one.experiment}
+    for place, (page, notebook) in enumerate(zip(pages, read, strict=True)):
+        body = render(
+            "notebook.html",
+            page=page,
+            body=notebook_body(notebook, page.sections, by_number),
+            before=pages[place - 1] if place else None,
+            after=pages[place + 1] if place + 1 < len(pages) else None,
+        )
+        (partial / f"{page.name}.html").write_text(_html(page.title, body), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -534,20 +517,30 @@ def _html(title: str, body: str) -> str:
     return render("page.html", title=title, body=body, colours=colours, generator=_GENERATOR)
 
 
-def _index(pages: list[_Page], ledger: Ledger, claims: str, profile: str, duration_s: float) -> str:
-    body = render(
+def _write_index(
+    pages: list[_Page], ledger: Ledger | None, profile: str, duration_s: float, partial: Path
+) -> None:
+    """Write the first page, and the one of all findings."""
+    facts = {
+        "pages": pages,
+        "lacks": _missing(pages),
+        "outcome_words": _WORDS,
+    }
+    index = render(
         "index.html",
-        states=list(_states(pages, ledger if claims else None)),
-        pages=pages,
-        claims=claims,
+        states=list(_states(pages, ledger)),
+        opening=verdicts.opening(ledger) if ledger else "",
         profile=profile,
         duration_s=duration_s,
         system=f"{platform.system()} {platform.release()}",
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        lacks=_missing(pages),
-        outcome_words=_WORDS,
+        **facts,
     )
-    return _html("Map freshness lab", body)
+    for name, title, body in (
+        ("index.html", "Map freshness lab", index),
+        ("findings.html", "All findings", render("findings.html", **facts)),
+    ):
+        (partial / name).write_text(_html(title, body), encoding="utf-8")
 
 
 def _states(pages: list[_Page], ledger: Ledger | None) -> Iterator[tuple[str, str, str]]:

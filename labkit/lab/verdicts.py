@@ -232,8 +232,33 @@ def table(
     return Shown(html, as_text(ledger))
 
 
-def front(ledger: Ledger, sections: Mapping[str, str]) -> str:
-    """Make the part of the report's first page that tells the verdicts.
+def opening(ledger: Ledger) -> str:
+    """Make what the report's first page says of the article.
+
+    Parameters
+    ----------
+    ledger : Ledger
+        From `evaluate`.
+
+    Returns
+    -------
+    str
+        HTML: what was claimed, how much of it is true, what to do first, and the claims that
+        matter most, each with what happens and what to do instead.
+    """
+    kernel = ledger.kernels[-1]
+    return render(
+        "opening.html",
+        ledger=ledger,
+        kernel=kernel,
+        counts=ledger.counts()[kernel],
+        in_short=list(_in_short(ledger)),
+        page_name=page_name,
+    )
+
+
+def all_claims(ledger: Ledger, sections: Mapping[str, str]) -> str:
+    """Make the report's page of all claims.
 
     Parameters
     ----------
@@ -249,13 +274,11 @@ def front(ledger: Ledger, sections: Mapping[str, str]) -> str:
     """
     chapters = dict.fromkeys((claim.id.split(".")[0], claim.chapter) for claim in ledger.claims)
     return render(
-        "front.html",
+        "claims.html",
         ledger=ledger,
         counts=counts(ledger).html,
         differences=differences(ledger).html,
         table=table(ledger, sections, pages=True).html,
-        in_short=list(_in_short(ledger)),
-        page_name=page_name,
         verdict_choices=[(word, word) for word in WORDS],
         chapter_choices=[(number, f"{number}. {title}") for number, title in chapters],
     )
@@ -351,13 +374,16 @@ def _verdict_text(ledger: Ledger, claim: Claim) -> str:
     return ", ".join(f"{word} on {kernel}" for kernel, word in words.items())
 
 
-def _in_short(ledger: Ledger) -> Iterator[tuple[Claim, Verdict, str]]:
-    """The verdicts that say most, each with the first sentence of what happens."""
+def _in_short(ledger: Ledger) -> Iterator[tuple[Claim, Verdict, Markup, Markup]]:
+    """The verdicts that say most, with the first sentences of what happens and what to do."""
     for claim in ledger.claims:
         newest = ledger.newest(claim)
         if claim.id in _KEY and newest is not None and claim in ledger.wrong():
-            told = claims.told(claim.happens, claim, newest)
-            yield claim, newest, re.split(r"(?<=[.!?])\s+(?=[A-Z])", told)[0]
+            happens, instead = (
+                _prose(re.split(r"(?<=[.!?])\s+(?=[A-Z])", text)[0], claim, newest)
+                for text in (claim.happens, claim.instead)
+            )
+            yield claim, newest, happens, instead
 
 
 def _prose(text: str, claim: Claim, verdict: Verdict) -> Markup:

@@ -44,7 +44,7 @@ def report_without_bpf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_without_bpf_the_report_stands_on_recorded_runs(report_without_bpf: Path) -> None:
     """No privilege, no BPF: every experiment is shown all the same, and how to make it live."""
-    index = (report_without_bpf / "index.html").read_text()
+    index = (report_without_bpf / "findings.html").read_text()
     shown = set(re.findall(r"#cell-id=exp[^>]*>([a-z0-9-]+)</a>", index))
     assert shown == set(catalogue())
     # A Go map needs no BPF, so it is live here too; the benchmark is in no notebook.
@@ -69,6 +69,47 @@ def test_no_page_is_wider_than_the_screen(
         assert browser.run("document.documentElement.scrollWidth") <= width, page.name
 
 
+def test_the_first_page_is_read_in_minutes(browser: Browser, report_without_bpf: Path) -> None:
+    """Five verdicts with what to do instead, within a screen, and no predicate."""
+    browser.resize(1200, 1000)
+    browser.open((report_without_bpf / "index.html").as_uri())
+    words = browser.run("document.body.innerText")
+    assert len(words.split()) <= 800
+    assert browser.run("document.querySelectorAll('.headlines > li').length") == 5
+    assert browser.run("document.querySelector('.states').getBoundingClientRect().bottom") < 1000
+    assert words.count("Instead:") == 5 and "anomalies" not in words and "broken" not in words
+    browser.screenshot("report-first-screen")
+
+
+def test_a_notebooks_page_has_contents_neighbours_and_code_on_demand(
+    browser: Browser, report_without_bpf: Path
+) -> None:
+    notebooks = sorted(page.stem for page in report_without_bpf.glob("[0-9][0-9]-*.html"))
+    browser.resize(1200, 1000)
+    for place, name in enumerate(notebooks):
+        browser.open((report_without_bpf / f"{name}.html").as_uri())
+        headings = browser.run("[...document.querySelectorAll('h2')].map(one => one.textContent)")
+        numbers = [one.split()[0] for one in headings]
+        assert numbers == [f"{int(name[:2])}.{at + 1}" for at in range(len(numbers))], name
+        listed = "[...document.querySelectorAll('.contents a')].map(one => one.hash.slice(1))"
+        targets = browser.run(listed)
+        assert len(targets) == len(numbers)
+        assert browser.run(f"{targets!r}.every(one => document.getElementById(one))"), name
+        for kind, at in (("prev", place - 1), ("next", place + 1)):
+            asked = f"document.querySelector('nav a[rel={kind}]')?.getAttribute('href') ?? ''"
+            known = f"{notebooks[at]}.html" if 0 <= at < len(notebooks) else ""
+            assert browser.run(asked) == known, (name, kind)
+        seen = "[...document.querySelectorAll('.input_area')].filter(one => one.checkVisibility())"
+        assert browser.run(f"{seen}.length") == 0, f"{name}: code is shown unasked"
+    assert "Section 5.3" in re.sub(
+        r"<[^>]+>", "", (report_without_bpf / "05-watching-writes.html").read_text()
+    )
+    browser.open((report_without_bpf / "01-stale-reads.html").as_uri())
+    wide = "Math.max(...[...document.images].map(one => one.getBoundingClientRect().width))"
+    article = "document.querySelector('article').getBoundingClientRect().width"
+    assert browser.run(wide) >= 0.98 * browser.run(article)
+
+
 def test_pages_ask_nobody_for_anything(browser: Browser, report_without_bpf: Path) -> None:
     for name in ("index.html", "09-verdicts.html", "01-stale-reads.html"):
         browser.open((report_without_bpf / name).as_uri())
@@ -85,7 +126,7 @@ def test_claims_can_be_filtered_and_sorted(
     browser: Browser, report_without_bpf: Path, recorded_ledger: Ledger, width: int
 ) -> None:
     browser.resize(width, 1000)
-    browser.open((report_without_bpf / "index.html").as_uri())
+    browser.open((report_without_bpf / "claims.html").as_uri())
 
     def choose(name: str, value: str) -> list[str]:
         browser.run(

@@ -353,9 +353,9 @@ def ledger_of(folder: Path) -> claims.Ledger:
     return claims.judge([claim(STALE, **told), never], recorded=folder)
 
 
-def test_the_first_page_leads_from_each_claim_to_its_experiment(tmp_path: Path) -> None:
+def test_all_claims_lead_to_their_experiments(tmp_path: Path) -> None:
     ledger = ledger_of(tmp_path)
-    front = verdicts.front(ledger, {"toy": "00-toy.html#cell-id=exp-1"})
+    front = verdicts.all_claims(ledger, {"toy": "00-toy.html#cell-id=exp-1"})
     assert front.count("<tr id='claim-") == 2
     assert "<a href='00-toy.html#cell-id=exp-1'>toy</a>" in front
     assert "<a href='claim-1.1.html'>Reads are stale.</a>" in front
@@ -364,7 +364,7 @@ def test_the_first_page_leads_from_each_claim_to_its_experiment(tmp_path: Path) 
         "2 claims 6.1 6.18 true 1 0 false 0 1 depends 0 0 undecided 0 0 not testable 1 1" in words
     )
     assert "What differs between the kernels" in words
-    assert "yes control.anomalies = 1 of 1,000 no control.anomalies = 0 of 1,000" in words
+    assert "yes stale: 1 of 1,000 no stale: 0 of 1,000" in words
     assert "Nobody <knows>." in words and "<knows>" not in front
     assert "CHANGED" not in front
 
@@ -377,7 +377,7 @@ def test_a_wrong_claim_has_a_page_with_figures_of_the_run(tmp_path: Path) -> Non
         "The article says: 1.1 Reads are stale. 6.1 true 6.18 false",
         "What happens Stale: 0 <of> 1,000. Next . Figures of kernel 6.18: toy, quick profile",
         "What to do instead Read again.",
-        "control.anomalies > 0 toy yes control.anomalies = 1 of 1,000 no",
+        "control.anomalies > 0 toy yes stale: 1 of 1,000 no",
     ):
         assert expected in words, words
     assert "data:image/png;base64,UE5H" in body and "<code>Next</code>" in body
@@ -387,7 +387,8 @@ def test_pages_load_nothing(recorded_ledger: Ledger) -> None:
     ledger = recorded_ledger
     pages = [body for _, _, body in verdicts.wrong_pages(ledger, {}, {})]
     assert len(pages) == len(ledger.wrong())
-    for body in [verdicts.front(ledger, {}), verdicts.table(ledger).html, *pages]:
+    front = [verdicts.opening(ledger), verdicts.all_claims(ledger, {})]
+    for body in [*front, verdicts.table(ledger).html, *pages]:
         assert not re.search(r"https?:|<link|@import|url\(|src=(?!'data:)", body)
 
 
@@ -396,7 +397,7 @@ def test_a_change_stands_first(tmp_path: Path) -> None:
     runs.record(run(), recorded)
     for day in ("2026-02-01", "2026-02-02"):
         runs.save(run(stale=2, at=day), fresh)
-    words = page(verdicts.front(judged(recorded, STALE, fresh=fresh), {}))
+    words = page(verdicts.all_claims(judged(recorded, STALE, fresh=fresh), {}))
     assert "CHANGED Two runs of this kernel decide otherwise" in words
     assert "1.1: no on 6.18.1" in words
 

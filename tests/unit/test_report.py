@@ -78,7 +78,7 @@ def test_one_that_fails_stops_no_other(tmp_path: Path) -> None:
         "04-floods": "ok",
     }  # fmt: skip
     index = (folder / "index.html").read_text()
-    words = plain(index)
+    words = plain(index) + plain((folder / "findings.html").read_text())
     for expected in (
         "5 experiments: 2 hold on this kernel, 2 fail, 1 could not run here.",
         "00-good <title> ok", "7 <lost>.", "cannot run here", "lacks toys",
@@ -113,7 +113,7 @@ def test_a_later_report_replaces_an_earlier_one(tmp_path: Path) -> None:
     (books / "00-first.ipynb").rename(books / "01-second.ipynb")
     assert make_report("quick", folder, notebooks=books) == 0
     assert sorted(path.name for path in folder.iterdir()) == [
-        "01-second.html", "01-second.ipynb", "index.html",
+        "01-second.html", "01-second.ipynb", "findings.html", "index.html",
     ]  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def test_two_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     both = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
     assert [one.wait(120) for one in both] == [0, 0]
     assert sorted(path.name for path in folder.iterdir()) == [
-        "00-good.html", "00-good.ipynb", "index.html",
+        "00-good.html", "00-good.ipynb", "findings.html", "index.html",
     ]  # fmt: skip
     assert len(list((books / "runs").glob("toy-counts/*/run.json"))) == 2
     assert not list(tmp_path.glob(".*"))
@@ -217,12 +217,16 @@ def test_the_verdicts_stand_first_and_lead_to_the_section(
     kept: list[str] = []
     assert make_report("quick", folder, notebooks=books, done=kept.append) == 0
     assert [line.split(":")[0] for line in kept[:2]] == ["01-good", "00-reads"]
-    index = (folder / "index.html").read_text()
-    (anchor,) = re.findall(r"<td>.*?<a href='(01-good.html#cell-id=[^']+)'>toy-counts</a>", index)
+    claims_page = (folder / "claims.html").read_text()
+    (anchor,) = re.findall(
+        r"<td>.*?<a href='(01-good.html#cell-id=[^']+)'>toy-counts</a>", claims_page
+    )
     assert f"id={anchor.split('#')[1].removeprefix('cell-')}" in (
         folder / "01-good.html"
     ).read_text().replace('"', "").replace("cell-id=", "id=")
-    assert plain(index).index("None is lost.") < plain(index).index("The notebooks 00-reads")
+    index = plain((folder / "index.html").read_text())
+    assert "Of its 1 claims 0 are true" in index and "All 1 claims" in index
+    assert index.index("All 1 claims") < index.index("The notebooks")
     page = (folder / "claim-1.1.html").read_text()
     assert "7 of 100 lost." in plain(page) and "data:image/png;base64," in page
-    assert "index.html#claim-1.1" in page
+    assert "claims.html#claim-1.1" in page
