@@ -132,7 +132,7 @@ def axes(ax: Axes | None, *, height: float = HALF_PAGE[1]) -> Axes:
 
 
 def logarithmic(ax: Axes, of: str = "x", *, ticks: int = 7) -> None:
-    """Make an axis ``of`` ``ax``, ``x`` or ``y``, logarithmic, with so many ``ticks`` at the most."""
+    """Make one axis ``of`` ``ax``, x or y, logarithmic, with so many ``ticks`` at the most."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     (ax.set_xscale if of == "x" else ax.set_yscale)("log")
