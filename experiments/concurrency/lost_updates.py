@@ -45,15 +45,7 @@ _ALONE = "-alone"  # ends the id of a control: the same by a single writer
 def derive(tables: Tables) -> Tables:
     """Count lost increments; a cure is judged where it is needed: under contention.
 
-    Parameters
-    ----------
-    tables : dict of DataFrame
-        With ``rounds``.
-
-    Returns
-    -------
-    dict of DataFrame
-        ``counts``, with ``cost_ns`` of one increment, its loop included.
+    ``cost_ns`` is that of one increment, its loop included.
     """
     rounds = tables["rounds"]
     judged = rounds[(rounds["variant"] != "fixed") | (rounds["load"] == "contended")]

@@ -49,15 +49,7 @@ Nanoseconds = npt.NDArray[np.int64]
 def derive(tables: Tables) -> Tables:
     """What the statements compare: delays with the uniform law, and their means.
 
-    Parameters
-    ----------
-    tables : dict of DataFrame
-        With ``delays``.
-
-    Returns
-    -------
-    dict of DataFrame
-        ``fits``: see `uniform_fits`. ``means``: ``case``, ``round``, ``ms``, the mean delay.
+    ``fits``: see `uniform_fits`. ``means``: ``case``, ``round``, ``ms``, the mean delay.
     """
     delays = tables["delays"]
     means = delays.groupby(["case", "round"], sort=False)["delay_ms"].mean().rename("ms")

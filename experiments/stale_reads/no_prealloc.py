@@ -46,18 +46,7 @@ _CASES = (
 
 
 def derive(tables: Tables) -> Tables:
-    """Count failed insertions, and keys that are wrong after a prefill.
-
-    Parameters
-    ----------
-    tables : dict of DataFrame
-        With ``answers`` and ``prefills``.
-
-    Returns
-    -------
-    dict of DataFrame
-        ``counts``.
-    """
+    """Count failed insertions, and keys that are wrong after a prefill."""
     triad = Triad("failed insertion")
     about = {case.id: case for case in _CASES}
     for row in tables["answers"].to_dict("records"):

@@ -35,17 +35,9 @@ Reads = list[tuple[int, int, int]]  # version, start and end in nanoseconds
 def derive(tables: Tables) -> Tables:
     """What the statements compare: delays with the uniform law, and medians with each other.
 
-    Parameters
-    ----------
-    tables : dict of DataFrame
-        With ``delays``.
-
-    Returns
-    -------
-    dict of DataFrame
-        ``fits``: see `uniform_fits`. ``longest``: the delays by the longest period. ``growth``:
-        ``round``, ``least``: of the factors from each period to the next that is four times as
-        long at least.
+    From ``delays``. ``fits``: see `uniform_fits`. ``longest``: the delays by the longest period.
+    ``growth``: ``round``, ``least``: of the factors from each period to the next that is four times
+    as long at least.
     """
     delays = tables["delays"]
     polled = delays[delays["variant"] == "broken"]

@@ -104,17 +104,9 @@ def _stacked(ax: Axes, run: Run, table: pd.DataFrame, parts: list[str], cases: l
 def derive(tables: Tables) -> Tables:
     """What the statements compare: sums of parts, and the wait with the uniform law.
 
-    Parameters
-    ----------
-    tables : dict of DataFrame
-        With ``polls`` and ``changes``.
-
-    Returns
-    -------
-    dict of DataFrame
-        ``sums``: ``case``, ``delay``, ``parts`` (their sum), ``least`` (of them), one row for each
-        change, nanoseconds. ``took``: ``case``, ``round``, ``ns`` of each poll. ``fits``: of the
-        wait, see `uniform_fits`.
+    ``sums``: ``case``, ``delay``, ``parts`` (their sum), ``least`` (of them), one row for each
+    change, nanoseconds. ``took``: ``case``, ``round``, ``ns`` of each poll. ``fits``: of the wait,
+    see `uniform_fits`.
     """
     polls, changes = tables["polls"], tables["changes"]
     parts, waits = changes[list(PARTS)], changes.assign(wait_ms=changes["wait"] / 1e6)

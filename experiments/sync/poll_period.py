@@ -33,17 +33,8 @@ _PERIODS_MS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500
 def derive(tables: Tables) -> Tables:
     """What the statements compare: delays with the uniform law, and the ends of the scale.
 
-    Parameters
-    ----------
-    tables : dict of DataFrame
-        With ``rounds`` and ``delays``.
-
-    Returns
-    -------
-    dict of DataFrame
-        ``fits``: see `uniform_fits`. ``shortest``, ``longest`` (period) and ``events``: their
-        rounds, with ``mean_ms``, the mean delay of a round, and ``cpu``, the follower's share of
-        a CPU.
+    ``fits``: see `uniform_fits`. ``shortest``, ``longest`` (period) and ``events``: their rounds,
+    with ``mean_ms``, the mean delay of a round, and ``cpu``, the follower's share of a CPU.
     """
     rounds, delays = tables["rounds"], tables["delays"]
     means = delays.groupby(["case", "round"])["delay_ms"].mean().rename("mean_ms")

@@ -28,17 +28,8 @@ Drawing = Callable[..., Any]
 def draw(drawing: Drawing, run: Run) -> Figure:
     """Draw a run by a function, in the lab's style, and sign it with its provenance.
 
-    Parameters
-    ----------
-    drawing
-        Takes the run; with empty counts, nothing is drawn on the axes.
-    run
-        What is drawn.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Closed for pyplot, so that a notebook shows it once and nothing stays in memory.
+    With empty counts, nothing is drawn on the axes. The figure is closed for pyplot, so that a
+    notebook shows it once and nothing stays in memory.
     """
     from matplotlib import pyplot
 
@@ -101,17 +92,6 @@ def anomaly_rates(run: Run, *, ax: Axes | None = None) -> Axes:
     A case without an anomaly is a hollow marker at the upper bound of its rate, with an arrow
     towards zero: not seen is not the same as never. The intervals take operations as independent
     (see `statistics.wilson`).
-
-    Parameters
-    ----------
-    run
-        Its counts are drawn, one row each.
-    ax
-        Where to draw.
-
-    Returns
-    -------
-    matplotlib.axes.Axes
     """
     rows = run.counts[run.counts["operations"] > 0]
     ax = style.axes(ax, height=max(style.HALF_PAGE[1], 1.2 + 0.2 * len(rows)))

@@ -18,17 +18,8 @@ _WIDE = 2 * style.HALF_PAGE[0]
 def live_load(run: Run) -> Figure:
     """Draw the latency over the run, its tail, and what became of the changes.
 
-    Parameters
-    ----------
-    run
-        Its tables ``windows``, ``tail`` and ``percentiles`` are drawn.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Left above p50 and p99 against time, each over the newest changes; left below the changes
-        of each window that were not handed out; right the share of all changes that were later
-        than x.
+    Left above p50 and p99 against time, each over the newest changes; left below the changes of
+    each window that were not handed out; right the share of all changes that were later than x.
     """
     windows = run.table("windows")
     figure = pyplot.figure(figsize=(_WIDE, 3.4))

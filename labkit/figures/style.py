@@ -162,13 +162,6 @@ def sign(figure: Figure, run: Run) -> None:
 
     The line under it has experiment, profile, kernel, CPUs and date. A mark above it is set for a
     recorded run, and for a run in an emulated machine, whose times compare with nothing outside it.
-
-    Parameters
-    ----------
-    figure
-        Drawn already; room is made for the lines.
-    run
-        Whose data it shows.
     """
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 

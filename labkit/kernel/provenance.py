@@ -84,11 +84,6 @@ def usage() -> dict[str, int]:
 def usage_since(before: dict[str, int]) -> dict[str, object]:
     """What the machine did between a call of :func:`usage` and now.
 
-    Parameters
-    ----------
-    before : dict
-        As :func:`usage` answered.
-
     Returns
     -------
     dict

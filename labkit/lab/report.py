@@ -428,15 +428,7 @@ def _building(folder: Path) -> Iterator[Path]:
 def sweep(folder: Path) -> int:
     """Remove the unfinished folders that killed reports left beside a report's folder.
 
-    Parameters
-    ----------
-    folder : Path
-        As given to `make_report`.
-
-    Returns
-    -------
-    int
-        How many there were.
+    ``folder`` is as given to `make_report`; answers how many there were.
 
     Raises
     ------

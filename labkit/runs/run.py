@@ -112,10 +112,7 @@ class Run:
     def derived(self, tables: Mapping[str, pd.DataFrame]) -> Run:
         """The run with tables that follow from its own; they are not saved.
 
-        Parameters
-        ----------
-        tables
-            By name; one that the run has already is replaced.
+        One that the run has already is replaced.
         """
         return replace(
             self,
