@@ -34,6 +34,7 @@ from labkit.lab.measure import patience
 from labkit.lab.notebook import FINDING_MIME, KEY_FIGURE, Outcome
 from labkit.lab.pages import render
 from labkit.runs import PARTIAL, PROFILES, REPLACED
+from labkit.runs.disk import put_in_place
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 """The notebooks of the checkout, with their parameters in ``params/<profile>.yaml``."""
@@ -178,7 +179,8 @@ def make_report(
             (partial / "index.html").write_text(
                 _index(pages, ledger, claims, profile, time.monotonic() - begun), encoding="utf-8"
             )
-            _publish(partial, folder)
+            with _locked(folder.parent):
+                put_in_place(partial, folder)
     except OSError as error:
         raise ReportFailed(
             f"The report could not be written in {folder} ({error.strerror or error}); free some "
@@ -464,21 +466,6 @@ def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         os.close(held)
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """Put a complete report in place; a failure leaves the older one there."""
-    with _locked(folder.parent):
-        old = folder.with_name(f"{REPLACED}{folder.name}-{os.getpid()}")
-        if folder.exists():
-            folder.rename(old)
-        try:
-            partial.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _counted(pages: list[_Page]) -> dict[str, int]:

@@ -293,7 +293,7 @@ def _write(run: Run, target: Path) -> None:
         text = json.dumps(meta, indent=1)
         (partial / "run.json").write_text(text + "\n", encoding="utf-8")
         _make_lasting(*partial.iterdir(), partial)
-        _replace(partial, target)
+        put_in_place(partial, target)
         made = takewhile(lambda one: one != there, target.absolute().parents)
         _make_lasting(*made, there)
     except OSError as error:
@@ -319,7 +319,7 @@ def _make_lasting(*paths: Path) -> None:
             os.close(opened)
 
 
-def _replace(partial: Path, target: Path) -> None:
+def put_in_place(partial: Path, target: Path) -> None:
     """Put a complete directory in the place of another; a failure leaves the other in place.
 
     Where the file system can, the two change places in one step, and whatever ends this process,
