@@ -394,7 +394,7 @@ def _diagnose(chosen: argparse.Namespace) -> int:
         print(json.dumps(seen.as_json(), indent=1) if chosen.json else seen)
     else:
         found = diagnose(chosen.map)
-        seen = machine.Machine(tuple(map(machine.Finding.of, found)))
+        seen = machine.Machine(tuple(map(machine.DiagnosedMap.of, found)))
         if chosen.json:
             print(json.dumps([one.as_json() for one in found], indent=1))
         else:

@@ -1,4 +1,7 @@
-"""What the benchmark of the strategies says to one who must choose: tables from a saved run."""
+"""What the benchmark of the strategies says to one who must choose: tables from a saved run.
+
+The ``run`` is one of sync-benchmark, completed; a ``strategy`` has the name that it has there.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,6 @@ def beside_the_article(run: Run) -> pd.DataFrame:
     rate of the run at which fewer than 0.1 % of the versions were not handed out; a poll passes
     versions over without any error, the more of them the fewer keys are written. Medians over the
     rounds.
-
-    Parameters
-    ----------
-    run : Run
-        Of sync-benchmark, completed.
 
     Returns
     -------
@@ -96,13 +94,6 @@ def beside_the_article(run: Run) -> pd.DataFrame:
 def carried(run: Run, strategy: str) -> float:
     """The highest rate of the run that a strategy carries; changes per second.
 
-    Parameters
-    ----------
-    run : Run
-        Of sync-benchmark, completed.
-    strategy : str
-        Its name in the run.
-
     Returns
     -------
     float
@@ -119,11 +110,6 @@ def carried(run: Run, strategy: str) -> float:
 
 def choices(run: Run) -> pd.DataFrame:
     """Which strategy for which need, with the measured reason.
-
-    Parameters
-    ----------
-    run : Run
-        Of sync-benchmark, completed.
 
     Returns
     -------
@@ -204,11 +190,6 @@ def _atomic(run: Run) -> tuple[str, str, str]:
 def by_need(run: Run) -> pd.DataFrame:
     """What each strategy does for each need, as measured.
 
-    Parameters
-    ----------
-    run : Run
-        Of sync-benchmark, completed.
-
     Returns
     -------
     pandas.DataFrame
@@ -262,11 +243,6 @@ def by_need(run: Run) -> pd.DataFrame:
 
 def measured(run: Run) -> pd.DataFrame:
     """Every cell of the benchmark with its spread over the rounds.
-
-    Parameters
-    ----------
-    run : Run
-        Of sync-benchmark, completed.
 
     Returns
     -------

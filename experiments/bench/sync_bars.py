@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 import pandas as pd
 
-from labkit.figures import style
+from labkit.figures import Axes, Figure, style
 from labkit.judge.bars import Result, checks, result, short
 from labkit.judge.findings import Finding
 from labkit.runs import BadRun, Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 EXPERIMENT: Final = "bench-sync"
 

@@ -12,14 +12,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from threading import Barrier
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from labkit.errors import TimedOut
-from labkit.figures import style
+from labkit.figures import Axes, stacked, style
 from labkit.judge.statistics import bootstrap, wilson, zero_bound
 from labkit.kernel import libbpf, programs
 from labkit.kernel.libbpf import MapKind, ProgramKind, UpdateFlag
@@ -29,10 +28,6 @@ from labkit.kernel.programs import Program
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment
 from labkit.lab.progress import Meter
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _PER_RUN = 64  # increments in one run of a program
 _STRETCH_NS = 1_000_000  # a program runs about that long between two meetings of the CPUs
@@ -50,15 +45,7 @@ _ALONE = "-alone"  # ends the id of a control: the same by a single writer
 def derive(tables: Tables) -> Tables:
     """Count lost increments; a cure is judged where it is needed: under contention.
 
-    Parameters
-    ----------
-    tables : dict of DataFrame
-        With ``rounds``.
-
-    Returns
-    -------
-    dict of DataFrame
-        ``counts``, with ``cost_ns`` of one increment, its loop included.
+    ``cost_ns`` is that of one increment, its loop included.
     """
     rounds = tables["rounds"]
     judged = rounds[(rounds["variant"] != "fixed") | (rounds["load"] == "contended")]
@@ -66,25 +53,9 @@ def derive(tables: Tables) -> Tables:
     return {"counts": counted.table(judged)}
 
 
-def _figure(run: Run) -> Figure:
-    """For every way, the share of increments lost and the time of one increment."""
-    from matplotlib import pyplot
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(style.HALF_PAGE[0], 4.9), sharey=True)
-    cases = [case.id for case in _CASES if case.variant != "control"]
-    _lost(above, run, cases)
-    _cost(below, run, cases)
-    for ax in (above, below):
-        ax.xaxis.set_major_locator(LogLocator(numticks=6))
-        ax.xaxis.set_minor_formatter(NullFormatter())
-    above.set_yticks(range(len(cases)), [run.label(case) for case in cases])
-    above.set_ylim(len(cases) - 0.5, -0.5)
-    return figure
-
-
-def _lost(ax: Axes, run: Run, cases: list[str]) -> None:
-    for y, case in enumerate(cases):
+def _lost(run: Run, ax: Axes) -> None:
+    """For every way, the share of increments lost."""
+    for y, case in enumerate(_DRAWN):
         variant = "broken" if case in run.cases("broken") else "fixed"
         count, look = run.count(variant, case), style.VARIANT[variant]
         if count.anomalies:
@@ -94,20 +65,23 @@ def _lost(ax: Axes, run: Run, cases: list[str]) -> None:
         else:
             bound = 100 * zero_bound(count.operations)
             ax.errorbar(bound, y, xerr=bound / 2, xuplims=True, **look.points(), mfc="white")
-    ax.set_xscale("log")
+    style.logarithmic(ax, ticks=6)
+    ax.set_yticks(range(len(_DRAWN)), [run.label(case) for case in _DRAWN])
+    ax.set_ylim(len(_DRAWN) - 0.5, -0.5)
     ax.set_xlabel(
         "increments lost under contention, %\n(hollow: none seen, bound at 95 %)", loc="right"
     )
 
 
-def _cost(ax: Axes, run: Run, cases: list[str]) -> None:
+def _cost(run: Run, ax: Axes) -> None:
+    """For every way, the time of one increment."""
     rounds = run.table("rounds")
     looks = {
         "alone": style.Look(style.BLUE, "o", "none"),
         "contended": style.Look(style.VERMILLION, "D", "none"),
     }
     for shift, (load, look) in zip((-0.17, 0.17), looks.items(), strict=True):
-        for y, case in enumerate(cases):
+        for y, case in enumerate(_DRAWN):
             alone = f"{case}{_ALONE}" if case in run.cases("broken") else case
             of = alone if load == "alone" else case
             rows = rounds[(rounds["case"] == of) & (rounds["load"] == load)]
@@ -124,13 +98,11 @@ def _cost(ax: Axes, run: Run, cases: list[str]) -> None:
                 rows["floor_ns"].median(), y + shift, "|", color=style.GREY, ms=6,
                 label="loop alone" if y == 0 and load == "contended" else None,
             )  # fmt: skip
-    ax.set_xscale("log")
+    style.logarithmic(ax, ticks=6)
     ax.set_xlabel(
         "ns per increment, loop included\n(median over rounds, 95 % interval)", loc="right"
     )
-    ax.legend(
-        loc="lower right", bbox_to_anchor=(1, 1), ncols=3, columnspacing=0.8, handletextpad=0.1
-    )
+    style.legend_above(ax, 3, columnspacing=0.8, handletextpad=0.1)
 
 
 _CASES = (
@@ -153,6 +125,7 @@ _CASES = (
     Case("control", "process-lock-alone", "process: the same, BPF_F_LOCK, alone",
          beside="process-lock"),
 )  # fmt: skip
+_DRAWN = [case.id for case in _CASES if case.variant != "control"]
 
 
 @experiment(
@@ -182,7 +155,7 @@ _CASES = (
     '{fixed["atomic"].cost_ns} ns by an atomic add, {fixed["per-cpu"].cost_ns} by a per-CPU value '
     'and {fixed["spin-lock"].cost_ns} under bpf_spin_lock, loop included, and these lost none; nor '
     "did processes with a key each, a file lock, or a program that adds for them.",
-    figure=_figure,
+    figure=stacked(_lost, _cost, height=4.9, share="y"),
 )  # fmt: skip
 def lost_updates(
     *, program_ms: int, process_increments: int, processes: int, rounds: int

@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from threading import Event
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from labkit.errors import TimedOut
-from labkit.figures import anomaly_rates, broken_at_commas, style, times_of_changes
+from labkit.figures import Axes, mixed_readings, stacked, times_of_changes
 from labkit.judge import checkers, history
 from labkit.judge.history import History, Op
 from labkit.kernel import programs
@@ -24,9 +23,6 @@ from labkit.kernel.parallel import Child, another_cpu, shared_array, together
 from labkit.kernel.programs import BpfObject
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment, say
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _PAUSE = 64  # calls of the clock that a program spends on each key: a sweep outlasts two flips
 _CHUNK = 20  # sweeps between two looks at the writer; a switch waits for them
@@ -66,19 +62,10 @@ def _derived(tables: Tables) -> Tables:
     }
 
 
-def _figure(run: Run) -> Figure:
-    """The share of mixed readings for every way, and the time of every kind of change."""
-    from matplotlib import pyplot
-
-    figure, (above, below) = pyplot.subplots(
-        2, 1, figsize=(style.HALF_PAGE[0], 4.9), height_ratios=(1.5, 1)
-    )
-    anomaly_rates(run, ax=above)
-    broken_at_commas(above)
-    above.set_xlabel("mixed readings per reading\n(hollow: none seen, bound at 95 %)", loc="right")
+def _times(run: Run, ax: Axes) -> None:
+    """The time of every kind of change."""
     costs = run.table("costs")
-    times_of_changes(below, costs.assign(series=costs["load"]), unit="µs per change", unit_ns=1e3)
-    return figure
+    times_of_changes(ax, costs.assign(series=costs["load"]), unit="µs per change", unit_ns=1e3)
 
 
 @experiment(
@@ -111,7 +98,7 @@ def _figure(run: Run) -> Figure:
     '{fixed}. The switch took {ms(median(costs(change="outer map update", load="idle").ns))} idle '
     'and {ms(median(costs(change="outer map update", load="a program reads").ns))} beside a '
     'program that reads; the flip took {us(median(costs(change="index flip", load="idle").ns))}.',
-    figure=_figure,
+    figure=stacked(mixed_readings, _times, height=4.9, ratios=(1.5, 1)),
 )  # fmt: skip
 def mixed_generations(
     *, keys: int, sweeps: int, process_reads: int, switches: int, rounds: int

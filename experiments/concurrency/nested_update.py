@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from labkit.errors import BadInput, Unavailable
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.kernel import libbpf, probe, programs
 from labkit.kernel.compiler import LoadFailed
 from labkit.kernel.libbpf import MapFlag, ProgramKind
 from labkit.kernel.programs import BpfObject, Program
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment, say
 from labkit.runs import VARIANTS, Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 SHARED_RULE = "every eighth bucket with it"
 OWN_RULE = "no other bucket with it"
@@ -76,8 +72,6 @@ def _derived(tables: Tables) -> Tables:
 
 def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
     """The time of an addition for every way, over the rounds, and how many were lost."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     rounds = run.table("rounds")
     ways = [(variant, case) for variant in VARIANTS for case in run.cases(variant)]
     ax = style.axes(ax, height=2.6)
@@ -95,18 +89,13 @@ def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
         )  # fmt: skip
     for variant in VARIANTS:
         ax.plot([], [], **style.VARIANT[variant].points(), label=variant)
-    ax.set_xscale("log")
+    style.logarithmic(ax)
     ax.set_xlim(low / 25, high * 25)
-    ax.xaxis.set_major_locator(LogLocator(numticks=7))
-    ax.xaxis.set_minor_formatter(NullFormatter())
     labels = [run.label(case).replace(", ", ",\n").replace(": ", ":\n") for _, case in ways]
-    ax.set_yticks(range(len(ways)), labels, fontsize=6)
-    ax.set_ylim(len(ways) - 0.5, -0.5)
-    ax.grid(False, axis="y")
+    style.rows(ax, labels, fontsize=6)
     ax.set_xlabel("ns per addition, two looks at the clock included\n(median, and range over "
                   "rounds)", loc="right")  # fmt: skip
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, columnspacing=1.2,
-              handletextpad=0.2)  # fmt: skip
+    style.legend_above(ax, 3, columnspacing=1.2, handletextpad=0.2)
     return ax
 
 

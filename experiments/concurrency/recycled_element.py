@@ -7,13 +7,12 @@ import math
 import time
 from contextlib import ExitStack
 from threading import Event
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from labkit.errors import BadInput
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.judge.statistics import wilson, zero_bound
 from labkit.kernel import programs
 from labkit.kernel.libbpf import MapFlag
@@ -21,9 +20,6 @@ from labkit.kernel.parallel import together
 from labkit.kernel.programs import BpfObject
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment, say
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _CHUNK = 5_000  # program runs between two looks at the other CPU
 _RACE_S = 1.0  # bound of one race, where other load leaves us little of a CPU

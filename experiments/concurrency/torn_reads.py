@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from ctypes import byref, c_uint32
 from functools import partial
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from labkit.errors import BadInput, TimedOut
-from labkit.figures import style
+from labkit.figures import Axes, Figure, style
 from labkit.judge.statistics import wilson, zero_bound
 from labkit.kernel import libbpf, programs
 from labkit.kernel.libbpf import UpdateFlag
@@ -25,10 +25,6 @@ from labkit.kernel.parallel import together
 from labkit.kernel.programs import BpfObject
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment, say
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _WORD = 8
 _EVERY_BYTE = 0x0101010101010101
@@ -138,8 +134,6 @@ def _figure(run: Run) -> Figure:
 
 
 def _against_size(ax: Axes, rows: pd.DataFrame) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     for series, (table, label) in enumerate(_KINDS.items()):
         sums = rows[rows["table"] == table].groupby("size")[["torn", "reads"]].sum()
         look = style.look(series)
@@ -158,10 +152,8 @@ def _against_size(ax: Axes, rows: pd.DataFrame) -> None:
                     mfc="white", **look.points())  # fmt: skip
     sizes = sorted(rows["size"].unique())
     ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
     ax.set_xticks(sizes, [f"{size}" for size in sizes], fontsize=6)
-    ax.yaxis.set_major_locator(LogLocator(numticks=6))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    style.logarithmic(ax, "y", ticks=6)
 
 
 def _cost(ax: Axes, rows: pd.DataFrame) -> None:
@@ -189,9 +181,7 @@ def _cost(ax: Axes, rows: pd.DataFrame) -> None:
     ax.set_xscale("log")
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.legend(
-        loc="lower right", bbox_to_anchor=(1, 1), ncols=3, columnspacing=0.8, handletextpad=0.1
-    )
+    style.legend_above(ax, 3, columnspacing=0.8, handletextpad=0.1)
 
 
 @experiment(

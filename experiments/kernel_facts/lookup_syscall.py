@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,16 +20,13 @@ import pandas as pd
 from experiments import bpf_calls
 from experiments.bpf_calls import ATTRIBUTES, COMMANDS, LOOKUP, UPDATE, Seen
 from labkit.errors import BadInput
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.kernel import libbpf
 from labkit.kernel.mapping import MS_SYNC
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment, say
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _MAP_FAILED = ctypes.c_void_p(-1)
 _SENTINEL = 0x5EA1
@@ -78,8 +75,6 @@ def _derived(tables: Tables) -> Tables:
 
 def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
     """Draw how many calls of bpf(2) one element took in each way of a library, by command."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     ax = style.axes(ax, height=3.2)
     calls = run.table("calls")
     calls = calls[calls["by"] == "library"]
@@ -96,15 +91,11 @@ def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
             alpha=0.8,
             label=str(command),
         )
-    ax.set_yticks(range(len(cases)), [run.label(case) for case in cases])
-    ax.set_ylim(len(cases) - 0.5, -0.5)
-    ax.grid(False, axis="y")
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(numticks=7))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    style.rows(ax, map(run.label, cases))
+    style.logarithmic(ax)
     others = int(calls["mmap"].sum() + calls["msync"].sum())
     ax.set_xlabel(f"bpf() calls per element\n(mmap and msync: {others} in all)", loc="right")
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, columnspacing=1, handletextpad=0.2)
+    style.legend_above(ax, 2, columnspacing=1, handletextpad=0.2)
     return ax
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.kernel import libbpf
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map, MapFull
 from labkit.kernel.parallel import together
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _ROOM: Final = 1_024  # entries more than keys, in control: more than all CPUs together hold back
 _MOST: Final = 128  # LOCAL_FREE_TARGET of kernel/bpf/bpf_lru_list.c

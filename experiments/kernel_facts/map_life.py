@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from labkit.errors import BadInput, LabError, TimedOut
-from labkit.figures import style
+from labkit.figures import Axes, stacked, style
 from labkit.kernel import libbpf, objects, programs
 from labkit.kernel.libbpf import MapFlag, MapKind
 from labkit.kernel.maps import Map, MapError, map_error
@@ -25,10 +25,6 @@ from labkit.kernel.parallel import Child, shared_array
 from labkit.kernel.pins import PinFolder
 from labkit.lab.experiment import Case, Counted, Statement, experiment
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # An RCU grace period, a work queue, and whoever has the map open only to look at it.
 _FREED_WITHIN_S = 10.0
@@ -117,19 +113,8 @@ def _steps(life: pd.DataFrame) -> pd.DataFrame:
     return steps.agg(exists=("exists", "first"), held=("seen", "any")).reset_index()
 
 
-def _figure(run: Run) -> Figure:
-    """Draw the life of one map step by step, and the time from a last drop to the end."""
-    from matplotlib import pyplot
-
-    figure, (above, below) = pyplot.subplots(
-        2, 1, figsize=(style.HALF_PAGE[0], 4.8), height_ratios=(1.3, 1)
-    )
-    _draw_life(run, above)
-    _draw_ends(run, below)
-    return figure
-
-
 def _draw_life(run: Run, ax: Axes) -> None:
+    """The life of one map step by step."""
     life = run.table("life")
     life = life[life["round"] == 0]
     steps = life.drop_duplicates("step").sort_values("step")
@@ -155,20 +140,15 @@ def _draw_life(run: Run, ax: Axes) -> None:
 
 
 def _draw_ends(run: Run, ax: Axes) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
+    """The time from a last drop to the end."""
     rounds = run.table("rounds").dropna(subset="gone_ns")
     cases = list(rounds["case"].unique())
     for row, case in enumerate(cases):
         some = rounds[rounds["case"] == case]
         look = style.VARIANT[some["variant"].iloc[0]]
         ax.plot(some["gone_ns"] / 1e6, [row] * len(some), **look.points(), alpha=0.6)
-    ax.set_yticks(range(len(cases)), [run.label(case) for case in cases])
-    ax.set_ylim(len(cases) - 0.5, -0.5)
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(numticks=7))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.grid(False, axis="y")
+    style.rows(ax, map(run.label, cases))
+    style.logarithmic(ax)
     ax.set_xlabel("ms after the last drop (one point a round)", loc="right")
     ax.set_title("How late it goes")
 
@@ -209,7 +189,7 @@ def _draw_ends(run: Run, ax: Axes) -> None:
     "holders.seen))} of such holders were found from outside. Once they were dropped too, {fixed} "
     "maps stayed. A process that never closed got {max(leak.opened)} maps under a limit of "
     '{parameters.descriptors} descriptors; its end left {fixed["process-gone"]}.',
-    figure=_figure,
+    figure=stacked(_draw_life, _draw_ends, height=4.8, ratios=(1.3, 1)),
 )  # fmt: skip
 def map_life(case: Case, *, hold_ms: int, descriptors: int) -> Rows:
     """Refer to a map in every way there is, close the descriptor, and look for its id.

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from labkit.errors import BadInput, TimedOut
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.kernel import leftovers, programs
 from labkit.kernel.leftovers import MemoryGroup
 from labkit.kernel.libbpf import MapKind
@@ -25,9 +24,6 @@ from labkit.kernel.pins import PinFolder
 from labkit.lab.driver import in_turns
 from labkit.lab.experiment import Case, Statement, Tables, experiment, say
 from labkit.runs import Run, Triad
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _KNOBS = ("memcg.protection", "memory.max", "cgroup.procs")  # the article's, and a cgroup's own
 _SHARES = (1 / 8, 1 / 2, 4 / 5)  # of the limit: the first two fit together, the third does not

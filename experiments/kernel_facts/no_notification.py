@@ -7,22 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from labkit.errors import BadInput
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.kernel import programs
 from labkit.kernel.parallel import together
 from labkit.kernel.programs import Program
 from labkit.kernel.ringbuf import RingReader
 from labkit.lab.experiment import Case, Statement, Tables, experiment, say
 from labkit.runs import Run, Triad
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _EVENT = np.dtype([("version", "u8"), ("sent_ns", "u8")])
 _RING = "events"
@@ -102,8 +98,6 @@ def _counted(tables: Tables) -> Tables:
 
 def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
     """Draw how long each wait took; those with a change above, without below each line."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     ax = style.axes(ax, height=4.2)
     polls = run.table("polls")
     names = polls["way"].replace({"edges": "epoll for edges\nalone,"}) + " on "
@@ -127,12 +121,9 @@ def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.5, -1.1)
     ax.grid(False, axis="y")
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(numticks=7))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    style.logarithmic(ax)
     ax.set_xlabel("answered after, ms\n(upper row: changed; lower: not)", loc="right")
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, columnspacing=1,
-              handletextpad=0.2)  # fmt: skip
+    style.legend_above(ax, 3, columnspacing=1, handletextpad=0.2)
     return ax
 
 

@@ -10,21 +10,18 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
 from labkit.errors import Unavailable
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.kernel import programs
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.programs import BpfObject
 from labkit.lab.experiment import Case, Counted, Statement, experiment
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _LOOKUP: Final = "bpf_map_copy_value"  # what bpf(2) calls for a lookup
 _WAIT: Final = "synchronize_rcu"

@@ -6,22 +6,19 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from labkit.errors import BadInput, Unavailable
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.kernel import programs
 from labkit.kernel.libbpf import MapFlag, MapKind
 from labkit.kernel.maps import OF_MAPS, Map
 from labkit.kernel.parallel import together
 from labkit.lab.experiment import Case, Statement, Tables, experiment
 from labkit.runs import Run, Triad
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _KEYS: Final = 64  # all in one bucket: a reader goes a long way to the one that is written
 _CHUNK: Final = 10_000  # program runs in one call; between two the reader waits for its turn

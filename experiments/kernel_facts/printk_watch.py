@@ -9,13 +9,12 @@ import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from labkit.errors import BadInput, LabError
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.kernel import programs
 from labkit.kernel.leftovers import helper_process, temporary_folder
 from labkit.kernel.programs import BpfObject, Program
@@ -23,9 +22,6 @@ from labkit.kernel.tools import find_tool, tracefs_folder
 from labkit.kernel.tracing import PRINTK_EVENT, PrintedLines, printed_lines
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment, say
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _ARTICLE_EVENT = "tracepoint:bpf:trace_printk"
 _ARTICLE_FOLDER = "bpf/trace_printk"

@@ -8,13 +8,12 @@ import select
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from labkit.errors import BadInput, LabError
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.kernel import programs
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map, MapError
@@ -23,9 +22,6 @@ from labkit.kernel.programs import BccObject, Program
 from labkit.kernel.ringbuf import RingReader, slot_bytes
 from labkit.lab.experiment import Case, Statement, Tables, experiment, say
 from labkit.runs import Run, Triad
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _PAGE = mmap.PAGESIZE
 _TAKEN = [_PAGE << shift for shift in (0, 1, 4, 6)]  # bytes of a ring
@@ -103,7 +99,7 @@ def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
     ax.set_xlim(0, 100)
     ax.grid(False, axis="y")
     ax.set_xlabel("records sent at full speed (%)")
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    style.legend_above(ax, 2)
     return ax
 
 

@@ -7,14 +7,14 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from labkit.errors import BadInput, LabError
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.judge.statistics import uniform_fits
 from labkit.kernel import libbpf, programs
 from labkit.kernel.libbpf import MapKind, ProgramKind
@@ -25,9 +25,6 @@ from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment
 from labkit.load import open_loop
 from labkit.load.open_loop import OpenLoopWriter
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 LATE_MS = 47.0
 """What the article gives as the mean duration of a lookup, milliseconds."""
@@ -52,15 +49,7 @@ Nanoseconds = npt.NDArray[np.int64]
 def derive(tables: Tables) -> Tables:
     """What the statements compare: delays with the uniform law, and their means.
 
-    Parameters
-    ----------
-    tables : dict of DataFrame
-        With ``delays``.
-
-    Returns
-    -------
-    dict of DataFrame
-        ``fits``: see `uniform_fits`. ``means``: ``case``, ``round``, ``ms``, the mean delay.
+    ``fits``: see `uniform_fits`. ``means``: ``case``, ``round``, ``ms``, the mean delay.
     """
     delays = tables["delays"]
     means = delays.groupby(["case", "round"], sort=False)["delay_ms"].mean().rename("ms")

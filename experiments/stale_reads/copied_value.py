@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from labkit.errors import TimedOut
-from labkit.figures import style
+from labkit.figures import Axes, stacked, style
 from labkit.judge import history
 from labkit.judge.checkers import stale, unwritten
 from labkit.judge.history import Op
@@ -19,10 +19,6 @@ from labkit.kernel.parallel import together
 from labkit.kernel.programs import BpfObject
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _READS = 40  # of each program run, evenly spaced
 _PATIENCE_MS = 2_000  # how long a sleepable program waits for the update to return, at most
@@ -42,31 +38,14 @@ def _judged(tables: Tables) -> Tables:
     return {"counts": counted.table(reads), "reads": reads}
 
 
-def _figure(run: Run) -> Figure:
-    """Draw the reads of one run of each case, and blocked time against time left."""
-    from matplotlib import pyplot
-
-    figure, (above, below) = pyplot.subplots(
-        2, 1, figsize=(style.HALF_PAGE[0], 5.2), height_ratios=(1.3, 1)
-    )
-    _draw_reads(run, above)
-    _draw_blocked(run, below)
-    return figure
-
-
 def _draw_reads(run: Run, ax: Axes) -> None:
+    """The reads of one run of each case."""
     rounds, reads = run.table("rounds"), run.table("reads")
     longest = rounds[rounds["program_ms"] == rounds["program_ms"].max()]
     one_each = longest.drop_duplicates("case")
     for row, update in enumerate(one_each.itertuples()):
-        ax.barh(
-            row,
-            max(update.blocked_ns / _MS, 0.5),
-            left=0,
-            height=0.75,
-            color=style.YELLOW,
-            zorder=0,
-        )
+        blocked_ms = max(update.blocked_ns / _MS, 0.5)
+        ax.barh(row, blocked_ms, height=0.75, color=style.YELLOW, zorder=0)
         of_run = reads[reads["key"] == update.key]
         new = of_run["version"] == 2
         for chosen, look in (
@@ -85,10 +64,11 @@ def _draw_reads(run: Run, ax: Axes) -> None:
     ax.set_ylim(len(one_each) - 0.4, -0.6)
     ax.grid(False, axis="y")
     ax.set_xlabel("read, ms after the update began")
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, columnspacing=1)
+    style.legend_above(ax, 2, columnspacing=1)
 
 
 def _draw_blocked(run: Run, ax: Axes) -> None:
+    """Blocked time against time left."""
     rounds = run.table("rounds")
     highest = 0.0
     for case, number in (("held-ordinary", 1), ("held-sleepable", 0)):
@@ -99,7 +79,7 @@ def _draw_blocked(run: Run, ax: Axes) -> None:
     ax.plot([0, highest], [0, highest], color=style.GREY, lw=0.8, label="the program's end")
     ax.set_xlabel("time the program had left, ms")
     ax.set_ylabel("update blocked, ms")
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1))
+    style.legend_above(ax)
 
 
 @experiment(
@@ -150,7 +130,7 @@ def _draw_blocked(run: Run, ax: Axes) -> None:
     '{rows(rounds(case="held-sleepable"))} ({median(rounds(case="held-sleepable").blocked_ns / '
     'rounds(case="held-sleepable").left_ns)}). A pointer to the element missed nothing '
     '({control["pointer"]}), nor did a lookup for each read ({fixed}).',
-    figure=_figure,
+    figure=stacked(_draw_reads, _draw_blocked, height=5.2, ratios=(1.3, 1)),
 )  # fmt: skip
 def copied_value(case: Case, *, program_ms: list[int]) -> list[dict[str, Any]]:
     """Update the policy of a program in the middle of its run, and see which version it uses.

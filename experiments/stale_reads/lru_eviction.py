@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.kernel import libbpf
 from labkit.kernel.libbpf import MapFlag, MapKind, UpdateFlag
 from labkit.kernel.maps import KeyAbsent, Map, MapFull
 from labkit.kernel.parallel import together
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 def _counts(tables: Tables) -> Tables:
@@ -36,13 +33,8 @@ def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
         if int(rows["refused"].max()):
             label += " (refuses aloud)"
         rows = rows.sort_values("inserted")
-        ax.plot(
-            rows["inserted"] / entries,
-            rows["kept"] / entries,
-            **style.look(i).line(),
-            alpha=0.85,
-            label=label,
-        )
+        inserted, kept = rows["inserted"] / entries, rows["kept"] / entries
+        ax.plot(inserted, kept, **style.look(i).line(), alpha=0.85, label=label)
     ax.axvline(1, color=style.GREY, lw=0.8, ls=":")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(PercentFormatter(1))

@@ -75,17 +75,9 @@ _CASES = (
 def derive(tables: Tables) -> Tables:
     """Count what went wrong with reads, and the map types without the article's procedure.
 
-    Parameters
-    ----------
-    tables : dict of DataFrame
-        With ``answers`` and ``reads``.
-
-    Returns
-    -------
-    dict of DataFrame
-        ``counts``: of the procedure an operation is a map type, an anomaly one on which it cannot
-        be carried out; elsewhere an operation is a read, an anomaly a stale one, or a pair of
-        fields read in the wrong order.
+    Of the procedure an operation is a map type, an anomaly one on which it cannot be carried out;
+    elsewhere an operation is a read, an anomaly a stale one, or a pair of fields read in the wrong
+    order.
     """
     triad, answers = Triad("stale"), tables["answers"]
     impossible = int((answers["msync_sync"] != 0).sum())  # missing where a step before it failed

@@ -5,22 +5,18 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from labkit.errors import LabError, TimedOut
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.kernel import leftovers, libbpf, programs
 from labkit.kernel.libbpf import MapFlag, MapKind, ProgramKind
 from labkit.kernel.maps import Map, MapFull, OutOfMemory
 from labkit.kernel.parallel import Child, shared_array
 from labkit.lab.experiment import Case, Statement, Tables, experiment, say
 from labkit.runs import Run, Triad
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _LIVE_KEY, _LIVE_ACTION = 80, 1  # a rule that is in force before somebody prefills the map
 _PREFILLED_KEYS = 65_536
@@ -50,18 +46,7 @@ _CASES = (
 
 
 def derive(tables: Tables) -> Tables:
-    """Count failed insertions, and keys that are wrong after a prefill.
-
-    Parameters
-    ----------
-    tables : dict of DataFrame
-        With ``answers`` and ``prefills``.
-
-    Returns
-    -------
-    dict of DataFrame
-        ``counts``.
-    """
+    """Count failed insertions, and keys that are wrong after a prefill."""
     triad = Triad("failed insertion")
     about = {case.id: case for case in _CASES}
     for row in tables["answers"].to_dict("records"):

@@ -9,14 +9,14 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from labkit.errors import LabError, TimedOut
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.judge import history
 from labkit.judge.checkers import stale, t_staleness, unwritten
 from labkit.judge.history import History, Op
@@ -26,9 +26,6 @@ from labkit.kernel.parallel import Child, ahead_of_others, cpus, shared_array
 from labkit.kernel.programs import BpfObject, Program
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _SAMPLES = 120  # pairs of write and read of each measurement that are saved, evenly spaced
 _MS = 1e6

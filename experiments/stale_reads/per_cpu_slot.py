@@ -6,23 +6,19 @@ import os
 import time
 from collections.abc import Callable
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from labkit.figures import style
+from labkit.figures import Axes, stacked, style
 from labkit.kernel import programs
 from labkit.kernel.libbpf import ProgramKind
 from labkit.kernel.parallel import ahead_of_others, cpus, together
 from labkit.kernel.programs import BpfObject
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _CHUNK = 100_000  # events of one call, long enough for many additions to fall into it
 _CHUNKS = 3  # calls during which user space adds, at the least
@@ -43,55 +39,32 @@ def _counts(tables: Tables) -> Tables:
     return {"counts": pd.concat([stale.table(read), lost.table(counted)], ignore_index=True)}
 
 
-def _figure(run: Run) -> Figure:
-    """Draw versions read against versions written, and counts kept against counts made."""
-    from matplotlib import pyplot
-
-    figure, (above, below) = pyplot.subplots(
-        2, 1, figsize=(style.HALF_PAGE[0], 4.6), height_ratios=(1.2, 1)
-    )
-    _draw_reads(run, above)
-    _draw_slots(run, below)
-    return figure
-
-
 def _draw_reads(run: Run, ax: Axes) -> None:
+    """Versions read against versions written."""
     reads = run.table("reads")
     reads = reads[reads["round"] == 0]
     for number, (case, group) in enumerate(reads.groupby("case", sort=False)):
         # Cases that lie on one line show by markers at different places of it.
         step = max(len(group) // 8, 1)
-        start = number * step // 4
-        ax.plot(
-            group["written"],
-            group["read"],
-            **style.look(number).line(),
-            markevery=(start, step),
-            label=run.label(str(case)),
-        )
+        look = style.look(number).line() | {"markevery": (number * step // 4, step)}
+        ax.plot(group["written"], group["read"], **look, label=run.label(str(case)))
     ax.set_xlabel("version written on one CPU")
     ax.set_ylabel("version read")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
 
 
 def _draw_slots(run: Run, ax: Axes) -> None:
+    """Counts kept against counts made."""
     slots = run.table("slots")
     slots = slots[slots["counted"] > 0]  # a slot in which nobody counted keeps no share
     cases = list(slots["case"].unique())
     for number, (who, group) in enumerate(slots.groupby("counted_by", sort=False)):
         rows = group["case"].map(cases.index) + 0.3 * (number - 0.5)
-        ax.plot(
-            100 * group["found"] / group["counted"],
-            rows,
-            **style.look(number).points(),
-            alpha=0.7,
-            label=f"counted by {who}",
-        )
+        kept, look = 100 * group["found"] / group["counted"], style.look(number).points()
+        ax.plot(kept, rows, **look, alpha=0.7, label=f"counted by {who}")
     labels = [run.label(case).replace("user space ", "") for case in cases]
-    ax.set_yticks(range(len(cases)), [label.replace(" the ", " the\n", 1) for label in labels])
-    ax.set_ylim(len(cases) - 0.5, -0.5)
+    style.rows(ax, [label.replace(" the ", " the\n", 1) for label in labels])
     ax.set_xlim(-3, 103)
-    ax.grid(False, axis="y")
     ax.set_xlabel("counts kept, % (one point a round)")
     ax.legend(loc="lower left")
 
@@ -134,7 +107,7 @@ def _draw_slots(run: Run, ax: Axes) -> None:
     'sum(slots(case="vector", counted_by="user space").counted)} for each of its additions; '
     'adding by a program in its own slot lost {fixed["own-slot"]}, for '
     '{us(fixed["own-slot"].cost_ns)} instead of {us(broken["vector"].cost_ns)} an addition.',
-    figure=_figure,
+    figure=stacked(_draw_reads, _draw_slots, height=4.6, ratios=(1.2, 1)),
 )  # fmt: skip
 def per_cpu_slot(case: Case, *, versions: int, additions: int) -> dict[str, Any]:
     """Write here and read there; then count here while user space adds its own there.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import resource
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from labkit.errors import BadInput
-from labkit.figures import shares_missed, style
+from labkit.figures import Axes, shares_missed, stacked, style
 from labkit.judge import checkers, history
 from labkit.judge.history import Op
 from labkit.judge.statistics import uniform_fits
@@ -24,10 +24,6 @@ from labkit.load import open_loop
 from labkit.load.open_loop import OpenLoopWriter
 from labkit.runs import Run
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 _WRITER, _FOLLOWER = 0, 1
 _CHANGE = np.dtype([("version", "u8"), ("committed_ns", "u8")])
 _LONGER = 4.0  # times: what late polls add to both delays must not hide the difference
@@ -39,17 +35,9 @@ Reads = list[tuple[int, int, int]]  # version, start and end in nanoseconds
 def derive(tables: Tables) -> Tables:
     """What the statements compare: delays with the uniform law, and medians with each other.
 
-    Parameters
-    ----------
-    tables : dict of DataFrame
-        With ``delays``.
-
-    Returns
-    -------
-    dict of DataFrame
-        ``fits``: see `uniform_fits`. ``longest``: the delays by the longest period. ``growth``:
-        ``round``, ``least``: of the factors from each period to the next that is four times as
-        long at least.
+    From ``delays``. ``fits``: see `uniform_fits`. ``longest``: the delays by the longest period.
+    ``growth``: ``round``, ``least``: of the factors from each period to the next that is four times
+    as long at least.
     """
     delays = tables["delays"]
     polled = delays[delays["variant"] == "broken"]
@@ -66,17 +54,8 @@ def derive(tables: Tables) -> Tables:
     }
 
 
-def _figure(run: Run) -> Figure:
-    """Above, the distribution of delay over period, with the uniform law; below, changes missed."""
-    from matplotlib import pyplot
-
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(style.HALF_PAGE[0], 4.6))
-    _delays(above, run)
-    _missed(below, run)
-    return figure
-
-
-def _delays(ax: Axes, run: Run) -> None:
+def _delays(run: Run, ax: Axes) -> None:
+    """The distribution of delay over period, with the uniform law."""
     delays = run.table("delays")
     polled = delays[delays["variant"] == "broken"]
     periods = np.sort(polled["period_ms"].unique())
@@ -94,7 +73,8 @@ def _delays(ax: Axes, run: Run) -> None:
     ax.legend(loc="lower right")
 
 
-def _missed(ax: Axes, run: Run) -> None:
+def _missed(run: Run, ax: Axes) -> None:
+    """The changes that were never seen."""
     from matplotlib.ticker import NullLocator
 
     rounds = run.table("rounds")
@@ -157,7 +137,7 @@ def _missed(ax: Axes, run: Run) -> None:
     "{median(longest.delay_ms)} ms late, and {sum(rounds(period_ms=longest.period_ms).missed)} of "
     "{sum(rounds(period_ms=longest.period_ms).changes)} changes were never seen. Ring buffer "
     'events missed {fixed}, at a median of {median(delays(case="events").delay_ms)} ms.',
-    figure=_figure,
+    figure=stacked(_delays, _missed, height=4.6),
 )  # fmt: skip
 def poll_interval(
     case: Case, *, periods_ms: list[float], gap_ms: float, changes: int, seed: int, turn: int

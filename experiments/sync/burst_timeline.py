@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from labkit.errors import TimedOut
-from labkit.figures import style
+from labkit.figures import Axes, Figure, style
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, another_cpu, shared_array
@@ -24,10 +24,6 @@ from labkit.sync.changes import Changes
 from labkit.sync.hybrid import Hybrid
 from labkit.sync.ring_events import Channel
 from labkit.sync.strategy import Strategy
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _STREAM_KEYS = 50
 _ROUND = 500  # writes of the stream between two times at which it may end
@@ -45,17 +41,9 @@ def _events_alone(channel: Channel) -> Strategy:
 def _figure(run: Run) -> Figure:
     """Draw three axes over one axis of time for each variant: its first round.
 
-    Parameters
-    ----------
-    run
-        Its tables ``timeline`` and ``rounds`` are drawn.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Above, how full the ring was; then the events that had found no room by then; below, how
-        many keys of the burst the replica was behind with. Grey: the burst. A line from top to
-        bottom: the keys of the burst are right, for good.
+    Above, how full the ring was; then the events that had found no room by then; below, how
+    many keys of the burst the replica was behind with. Grey: the burst. A line from top to
+    bottom: the keys of the burst are right, for good.
     """
     from matplotlib import pyplot
 

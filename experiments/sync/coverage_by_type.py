@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import pandas as pd
 
 from experiments.sync.map_sorts import SORTS, MapSort, made
 from labkit.errors import BadInput, LabError, Unavailable
-from labkit.figures import cells, style
+from labkit.figures import Figure, cells, style
 from labkit.kernel import libbpf, programs
 from labkit.kernel.maps import OF_MAPS, PER_CPU, Map, MapError
 from labkit.kernel.programs import Program
@@ -24,9 +24,6 @@ from labkit.runs import Run, Triad
 from labkit.sync.changes import ChangeKind, event_dtype
 from labkit.sync.ring_events import Channel
 from labkit.sync.trace_hook import MECHANISMS, Hooks
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _PULL = "pull"
 _RING_BYTES = 1 << 20

@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from labkit.errors import BadInput, LabError
-from labkit.figures import cells, style
+from labkit.figures import Axes, cells, style
 from labkit.kernel import libbpf, programs
 from labkit.kernel.libbpf import MapFlag, MapKind, ProgramKind, UpdateFlag
 from labkit.kernel.mapping import mapped
@@ -32,9 +32,6 @@ from labkit.sync.changes import ChangeKind, event_dtype
 from labkit.sync.replica import Replica
 from labkit.sync.ring_events import Channel
 from labkit.sync.trace_hook import MECHANISMS, Hooks, TraceHook
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _PULL = "pull"
 _RING_BYTES = 1 << 22

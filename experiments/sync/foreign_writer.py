@@ -6,13 +6,13 @@ import math
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from labkit.errors import LabError
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import die_with_parent
@@ -23,9 +23,6 @@ from labkit.sync.changes import ChangeKind, Changes
 from labkit.sync.poll import Poll
 from labkit.sync.strategy import Strategy
 from labkit.sync.trace_hook import TraceHook
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _VALUE = np.dtype([("version", "u8"), ("written_ns", "u8")])
 _LIMIT_S = 60.0  # of one follow; nothing is asserted about it

@@ -7,13 +7,12 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from experiments.sync.map_sorts import SORTS, MapSort, made
 from labkit.errors import BadInput, LabError
-from labkit.figures import cells, style
+from labkit.figures import Axes, cells, style
 from labkit.judge.checkers import told_of
 from labkit.kernel import programs
 from labkit.kernel.btf import member_offset
@@ -26,9 +25,6 @@ from labkit.kernel.tools import tracefs_folder
 from labkit.lab.experiment import Case, Statement, Tables, experiment, say
 from labkit.runs import Run, Triad
 from labkit.sync.trace_hook import FUNCTIONS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _SPARE = 1_024  # entries more than keys: an LRU map must not evict, which passes no hook
 _MOST_WRITES = 1_000  # of one run of the program, which is unrolled for no verifier

@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from labkit.errors import LabError, Unavailable
-from labkit.figures import style
+from labkit.figures import Axes, Figure, style
 from labkit.judge.statistics import uniform_fits
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
@@ -33,10 +33,6 @@ from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment
 from labkit.load import open_loop
 from labkit.load.open_loop import OpenLoopWriter
 from labkit.runs import SLOWER, Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 PARTS = ("wait", "name lookup", "connect", "TLS", "request", "server", "compare")
 """What the delay of a change is made of, in the order of time."""
@@ -101,26 +97,16 @@ def _stacked(ax: Axes, run: Run, table: pd.DataFrame, parts: list[str], cases: l
     for row, total, late in zip(rows, left, tail, strict=True):
         ax.annotate(f"{total:.3g} (p99 {late:.3g})", (total, row), xytext=(3, 0),
                     textcoords="offset points", va="center", fontsize=6)  # fmt: skip
-    ax.set_yticks(rows, [run.label(case).replace("new connection", "new") for case in cases])
-    ax.set_ylim(len(cases) - 0.5, -0.5)
+    style.rows(ax, [run.label(case).replace("new connection", "new") for case in cases])
     ax.set_xlim(0, left.max() * 1.28)
-    ax.grid(False, axis="y")
 
 
 def derive(tables: Tables) -> Tables:
     """What the statements compare: sums of parts, and the wait with the uniform law.
 
-    Parameters
-    ----------
-    tables : dict of DataFrame
-        With ``polls`` and ``changes``.
-
-    Returns
-    -------
-    dict of DataFrame
-        ``sums``: ``case``, ``delay``, ``parts`` (their sum), ``least`` (of them), one row for each
-        change, nanoseconds. ``took``: ``case``, ``round``, ``ns`` of each poll. ``fits``: of the
-        wait, see `uniform_fits`.
+    ``sums``: ``case``, ``delay``, ``parts`` (their sum), ``least`` (of them), one row for each
+    change, nanoseconds. ``took``: ``case``, ``round``, ``ns`` of each poll. ``fits``: of the wait,
+    see `uniform_fits`.
     """
     polls, changes = tables["polls"], tables["changes"]
     parts, waits = changes[list(PARTS)], changes.assign(wait_ms=changes["wait"] / 1e6)

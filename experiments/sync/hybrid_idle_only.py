@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from labkit.errors import TimedOut
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, another_cpu, shared_array
@@ -23,9 +23,6 @@ from labkit.runs import Run
 from labkit.sync.changes import Changes
 from labkit.sync.hybrid import Hybrid
 from labkit.sync.ring_events import Channel
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _RING_BYTES = 1 << 22
 _PIECE = 200  # writes
@@ -45,20 +42,7 @@ def _on_loss(channel: Channel, idle_s: float) -> Hybrid:
 
 
 def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
-    """Draw how many of the lost changes the copy lacked, by the time since the stream began.
-
-    Parameters
-    ----------
-    run
-        Its tables ``timeline`` and ``rounds`` are drawn, the first round.
-    ax
-        Where to draw.
-
-    Returns
-    -------
-    matplotlib.axes.Axes
-        A line for each case. Grey: the stream is busy.
-    """
+    """Draw how many of the lost changes the copy lacked, by the time since the stream began."""
     ax = style.axes(ax)
     timeline, rounds = run.table("timeline"), run.table("rounds")
     timeline, rounds = timeline[timeline["round"] == 0], rounds[rounds["round"] == 0]
@@ -72,7 +56,7 @@ def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
             fontsize=6.5, color=style.GREY)  # fmt: skip
     ax.set_ylabel("lost changes still missing")
     ax.set_xlabel("since the stream began (s)", loc="right")
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=6.5)
+    style.legend_above(ax, fontsize=6.5)
     return ax
 
 

@@ -6,12 +6,11 @@ import os
 import platform
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from labkit.errors import LabError
-from labkit.figures import cells, style
+from labkit.figures import Axes, cells, style
 from labkit.kernel import programs
 from labkit.kernel.btf import member_offset
 from labkit.kernel.libbpf import MapKind, ProgramKind
@@ -21,9 +20,6 @@ from labkit.kernel.programs import BpfObject
 from labkit.kernel.sockets import GuardedSocket
 from labkit.lab.experiment import Case, Statement, Tables, experiment, say
 from labkit.runs import Run, Triad
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _FUNCTION = "htab_map_update_elem"
 _ON_THE_WAY = "__sys_bpf"  # every bpf(2) passes it, before instrumentation is switched off

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from labkit.errors import BadInput, LabError
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.judge.checkers import told_of
 from labkit.kernel import programs
 from labkit.kernel.libbpf import MapKind, UpdateFlag
@@ -22,9 +21,6 @@ from labkit.runs import Run, Triad
 from labkit.sync.changes import ChangeKind, event_dtype
 from labkit.sync.ring_events import Channel
 from labkit.sync.trace_hook import Hooks, way_to_map
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _RING_BYTES = 1 << 20
 _MOST_WRITES = 1_000  # of one run of the program
@@ -87,8 +83,7 @@ def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
     ax.invert_yaxis()
     ax.grid(False, axis="y")
     ax.set_xlabel(f"of {int(lsm['writes'].iloc[0]):,} calls or writes", loc="right")
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, columnspacing=1.0,
-              handlelength=1.0, fontsize=6.5)  # fmt: skip
+    style.legend_above(ax, 3, columnspacing=1.0, handlelength=1.0, fontsize=6.5)
     return ax
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from labkit.errors import BadInput
-from labkit.figures import shares_missed, style
+from labkit.figures import Axes, shares_missed, stacked, style
 from labkit.judge.statistics import uniform_fits
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
@@ -25,10 +25,6 @@ from labkit.sync.poll import Poll
 from labkit.sync.ring_events import Channel, RingEvents
 from labkit.sync.strategy import Strategy
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 _RING_BYTES = 1 << 16
 _PATIENCE_S = 1.0  # of one call of `Strategy.poll`
 _PERIODS_MS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)
@@ -37,17 +33,8 @@ _PERIODS_MS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500
 def derive(tables: Tables) -> Tables:
     """What the statements compare: delays with the uniform law, and the ends of the scale.
 
-    Parameters
-    ----------
-    tables : dict of DataFrame
-        With ``rounds`` and ``delays``.
-
-    Returns
-    -------
-    dict of DataFrame
-        ``fits``: see `uniform_fits`. ``shortest``, ``longest`` (period) and ``events``: their
-        rounds, with ``mean_ms``, the mean delay of a round, and ``cpu``, the follower's share of
-        a CPU.
+    ``fits``: see `uniform_fits`. ``shortest``, ``longest`` (period) and ``events``: their rounds,
+    with ``mean_ms``, the mean delay of a round, and ``cpu``, the follower's share of a CPU.
     """
     rounds, delays = tables["rounds"], tables["delays"]
     means = delays.groupby(["case", "round"])["delay_ms"].mean().rename("mean_ms")
@@ -62,23 +49,11 @@ def derive(tables: Tables) -> Tables:
     }
 
 
-def _figure(run: Run) -> Figure:
-    """Delay, share missed with the law for exponential gaps, and CPU, over one axis of the period.
-
-    The CPU has the interpreter's share in it. Events, which have no period, are a level line.
-    """
-    from matplotlib import pyplot
-
-    figure, parts = pyplot.subplots(3, 1, figsize=(style.HALF_PAGE[0], 5.6), sharex=True)
-    _delay(parts[0], run)
-    _missed(parts[1], run)
-    _cpu(parts[2], run)
-    parts[2].set_xscale("log")
-    parts[2].set_xlabel("poll period T (ms)")
-    return figure
+# Events, which have no period, are a level line in all three parts of the figure.
 
 
-def _delay(ax: Axes, run: Run) -> None:
+def _delay(run: Run, ax: Axes) -> None:
+    """The delay of a change."""
     delays = run.table("delays")
     polled = delays[delays["variant"] == "broken"].groupby("period_ms")["delay_ms"]
     events = delays[delays["variant"] == "fixed"]["delay_ms"]
@@ -94,7 +69,8 @@ def _delay(ax: Axes, run: Run) -> None:
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1.0)
 
 
-def _missed(ax: Axes, run: Run) -> None:
+def _missed(run: Run, ax: Axes) -> None:
+    """The share of versions missed, with the law for exponential gaps."""
     rows = _by_period(run)
     shares_missed(ax, rows, style.look(0).line(), "poll")
     gap = float(str(run.parameters["gap_ms"]))
@@ -107,7 +83,8 @@ def _missed(ax: Axes, run: Run) -> None:
     ax.legend(loc="upper left")
 
 
-def _cpu(ax: Axes, run: Run) -> None:
+def _cpu(run: Run, ax: Axes) -> None:
+    """The CPU of the follower, with the interpreter's share in it."""
     from matplotlib.ticker import NullFormatter
 
     rows, events = _by_period(run), run.table("events")["cpu"].mean()
@@ -121,6 +98,8 @@ def _cpu(ax: Axes, run: Run) -> None:
     ax.yaxis.set_major_formatter(lambda share, _: f"{share:.6%}".rstrip("0%").rstrip(".") + "%")
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_ylabel("follower, of one CPU")
+    ax.set_xscale("log")
+    ax.set_xlabel("poll period T (ms)")
     ax.legend(loc="best")
 
 
@@ -178,7 +157,7 @@ def _by_period(run: Run) -> pd.DataFrame:
     "never; every {shortest.period_ms} ms it was {mean(shortest.mean_ms)} ms, and the follower "
     "took {percent(median(shortest.cpu))} of a CPU. Events missed {fixed}, {mean(events.mean_ms)} "
     "ms late in the mean.",
-    figure=_figure,
+    figure=stacked(_delay, _missed, _cpu, height=5.6, share="x"),
 )  # fmt: skip
 def poll_period(
     case: Case, *, periods_ms: list[float], gap_ms: float, changes: int, seed: int, turn: int

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Event
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from labkit.errors import TimedOut
-from labkit.figures import anomaly_rates, broken_at_commas, style, times_of_changes
+from labkit.figures import Axes, mixed_readings, stacked, times_of_changes
 from labkit.kernel import programs
 from labkit.kernel.libbpf import MapKind, ProgramKind
 from labkit.kernel.maps import KeyAbsent, Map
@@ -23,9 +22,6 @@ from labkit.kernel.programs import BpfObject
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment, say
 from labkit.runs import Run
 from labkit.sync.double_map import IN_FORCE, DoubleMapWriter, IndexFlipWriter, Layout
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _KEYS = 256  # of the table that programs read
 _WORK_BYTES = 1 << 22  # copied for each key: a reading lasts some 40 ms, longer than a switch
@@ -68,33 +64,13 @@ _CHANGES = {
 _LOADS = {"idle": "idle", "busy": "both CPUs busy"}
 
 
-def _figure(run: Run) -> Figure:
-    """Draw the share of mixed readings for every way, and the time of every way to publish.
-
-    Parameters
-    ----------
-    run
-        Its tables ``counts`` and ``costs`` are drawn; of the sizes, the smallest and the largest.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Two axes, one above the other.
-    """
-    from matplotlib import pyplot
-
-    figure, (above, below) = pyplot.subplots(
-        2, 1, figsize=(style.HALF_PAGE[0], 5.4), height_ratios=(1.3, 1)
-    )
-    anomaly_rates(run, ax=above)
-    broken_at_commas(above)
-    above.set_xlabel("mixed readings per reading\n(hollow: none seen, bound at 95 %)", loc="right")
+def _times(run: Run, ax: Axes) -> None:
+    """The time of every way to publish the smallest and the largest table."""
     costs = run.table("costs")
     costs = costs[costs["keys"].isin([costs["keys"].min(), costs["keys"].max()])]
     series = costs["keys"].map("{:,} keys, ".format) + costs["load"].map(_LOADS)
     costs = costs.assign(series=series, change=costs["change"].map(_CHANGES))
-    times_of_changes(below, costs, unit="ms per generation", unit_ns=1e6)
-    return figure
+    times_of_changes(ax, costs, unit="ms per generation", unit_ns=1e6)
 
 
 def _waits(change: str) -> Statement:
@@ -138,7 +114,7 @@ def _waits(change: str) -> Statement:
     'map and {ms(median(costs(change="reuse", keys=max(parameters.keys), load="idle").ns))} with '
     "the old one. Beside an ordinary program that reads slowly a switch took "
     '{ms(fixed["publish-ordinary"].cost_ns)}: it waits for the end of the reading.',
-    figure=_figure,
+    figure=stacked(mixed_readings, _times, height=5.4, ratios=(1.3, 1)),
 )  # fmt: skip
 def switch_cost(*, sweeps: int, keys: list[int], switches: int) -> Tables:
     """Publish generation after generation beside slow programs, then time each way to publish.

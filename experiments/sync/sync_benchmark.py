@@ -7,12 +7,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from labkit.figures import style
+from labkit.figures import Axes, Figure, style
 from labkit.judge import checkers, history
 from labkit.judge.statistics import LEAST_REPETITIONS, bootstrap, percentiles
 from labkit.kernel.libbpf import MapKind
@@ -27,10 +27,6 @@ from labkit.sync.double_map import DoubleMap
 from labkit.sync.poll import Poll
 from labkit.sync.ring_events import Channel, RingEvents
 from labkit.sync.trace_hook import Hooks, TraceHook
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _TAIL_POINTS = 60
 _ROWS_KEPT = 1_200  # of the history of a cell
@@ -464,19 +460,8 @@ def _cost(run: Run) -> Figure:
 def _freshness(run: Run, *, ax: Axes | None = None) -> Axes:
     """Draw t-visibility: how probably the replica is fresh, by the time since the last commit.
 
-    Parameters
-    ----------
-    run
-        Its table ``history`` is drawn: one round at the second rate.
-    ax
-        Where to draw.
-
-    Returns
-    -------
-    matplotlib.axes.Axes
-        A line for each strategy: the share of reads of the replica, at random moments, that
-        return the newest committed version, by the time since its commit
-        (`checkers.t_visibility`).
+    A line for each strategy: the share of reads of the replica, at random moments of one round at
+    the second rate, that return the newest committed version (`checkers.t_visibility`).
     """
     ax = style.axes(ax, height=3.0)
     cells = run.table("cells").drop_duplicates("cell")
@@ -508,8 +493,6 @@ def _named(cells: pd.DataFrame) -> list[str]:
 
 
 def _tails(above: Axes, below: Axes, run: Run, cells: pd.DataFrame) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     tails = run.table("tails")
     for name in _named(cells):
         number = cells[cells["strategy"] == name]["cell"].iloc[0]
@@ -523,8 +506,7 @@ def _tails(above: Axes, below: Axes, run: Run, cells: pd.DataFrame) -> None:
     above.set_ylim(0, 1.02)
     above.tick_params(labelbottom=False)
     below.set_yscale("log")
-    below.xaxis.set_major_locator(LogLocator(numticks=6))
-    below.xaxis.set_minor_formatter(NullFormatter())
+    style.logarithmic(below, ticks=6)
 
 
 def _against_rate(ax: Axes, cells: pd.DataFrame, column: str, unit: float) -> None:
@@ -602,7 +584,7 @@ def _wakeups(ax: Axes, run: Run) -> None:
     ax.set_ylabel("time (us)")
     ax.set_xlabel(f"who wakes the follower, at {rate:,} changes/s", loc="right")
     ax.set_ylim(0.1, None)
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=6.5)
+    style.legend_above(ax, 2, fontsize=6.5)
 
 
 def _of_rows(rows: pd.DataFrame) -> history.History:

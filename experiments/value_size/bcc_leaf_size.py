@@ -5,21 +5,18 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from labkit.errors import BadInput
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.kernel import programs
 from labkit.kernel.maps import Map
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment, say
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _KEY = 0
 _TENANTS = 4  # identifiers that agree in their low 32 bits

@@ -10,22 +10,19 @@ import zlib
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from experiments.value_size.redis_proxy import Client, RedisRefused, proxy, redis_server
 from labkit.errors import BadInput
-from labkit.figures import style
+from labkit.figures import Figure, style
 from labkit.kernel import libbpf, programs
 from labkit.kernel.maps import Map
 from labkit.kernel.pins import PinFolder
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment, say
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _OLD_BYTES, _NEW_BYTES = 1024, 512
 _HEAD = struct.Struct("=II")  # length and CRC-32 of the text behind it

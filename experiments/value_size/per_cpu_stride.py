@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from labkit.errors import BadInput
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.kernel import libbpf, parallel, programs
 from labkit.kernel.maps import Map
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment, say
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _KEY = 0
 _GUARD = 0xA5  # never the last byte of a slot

@@ -12,23 +12,19 @@ import resource
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from labkit.errors import BadInput, LabError
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.kernel import libbpf
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, shared_array
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment, say
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _KEY = 0
 _CHUNKS = 2_000  # asked of the heap at once, until two of them lie side by side

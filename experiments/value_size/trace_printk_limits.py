@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from labkit.errors import BadInput
-from labkit.figures import style
+from labkit.figures import Axes, style
 from labkit.kernel import programs
 from labkit.kernel.programs import Program
 from labkit.kernel.tracing import PrintedLines, printed_lines
 from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment, say
 from labkit.runs import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _TEXT_BYTES = 4096
 _ARGUMENTS = 12  # as many as bpf_trace_vprintk takes

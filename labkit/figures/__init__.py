@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from labkit.errors import BadInput
 from labkit.figures import style
+from labkit.figures.style import Axes as Axes
+from labkit.figures.style import Figure as Figure
 from labkit.judge.statistics import wilson, zero_bound
 from labkit.runs import VARIANTS, Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Drawing = Callable[..., Any]
 """Takes a run, and answers the axes or the figure that it drew on."""
@@ -30,17 +28,8 @@ Drawing = Callable[..., Any]
 def draw(drawing: Drawing, run: Run) -> Figure:
     """Draw a run by a function, in the lab's style, and sign it with its provenance.
 
-    Parameters
-    ----------
-    drawing
-        Takes the run; with empty counts, nothing is drawn on the axes.
-    run
-        What is drawn.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Closed for pyplot, so that a notebook shows it once and nothing stays in memory.
+    With empty counts, nothing is drawn on the axes. The figure is closed for pyplot, so that a
+    notebook shows it once and nothing stays in memory.
     """
     from matplotlib import pyplot
 
@@ -56,6 +45,40 @@ def draw(drawing: Drawing, run: Run) -> Figure:
             pyplot.close(number)
 
 
+def stacked(
+    *parts: Callable[[Run, Axes], object],
+    height: float,
+    ratios: Sequence[float] | None = None,
+    share: str = "",
+) -> Drawing:
+    """Make a figure of several axes, one above the other.
+
+    Parameters
+    ----------
+    *parts
+        Each draws a run on one of the axes, from above.
+    height
+        Of the whole, inches.
+    ratios
+        Of the heights of the axes; all alike, if left out.
+    share
+        The axis that they have in common, ``x`` or ``y``.
+    """
+
+    def drawing(run: Run) -> Figure:
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(
+            len(parts), 1, figsize=(style.HALF_PAGE[0], height), height_ratios=ratios,
+            sharex=share == "x", sharey=share == "y",
+        )  # fmt: skip
+        for part, ax in zip(parts, axes, strict=True):
+            part(run, ax)
+        return figure
+
+    return drawing
+
+
 def as_png(figure: Figure) -> bytes:
     """A figure as a PNG picture."""
     file = io.BytesIO()
@@ -69,20 +92,7 @@ def anomaly_rates(run: Run, *, ax: Axes | None = None) -> Axes:
     A case without an anomaly is a hollow marker at the upper bound of its rate, with an arrow
     towards zero: not seen is not the same as never. The intervals take operations as independent
     (see `statistics.wilson`).
-
-    Parameters
-    ----------
-    run
-        Its counts are drawn, one row each.
-    ax
-        Where to draw.
-
-    Returns
-    -------
-    matplotlib.axes.Axes
     """
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     rows = run.counts[run.counts["operations"] > 0]
     ax = style.axes(ax, height=max(style.HALF_PAGE[1], 1.2 + 0.2 * len(rows)))
     if rows.empty:
@@ -106,18 +116,11 @@ def anomaly_rates(run: Run, *, ax: Axes | None = None) -> Axes:
     for variant in VARIANTS:
         if (rows["variant"] == variant).any():
             ax.plot([], [], **style.VARIANT[variant].points(), label=variant)
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(numticks=7))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_yticks(range(len(labels)), labels)
-    ax.set_ylim(len(labels) - 0.5, -0.5)
-    ax.grid(False, axis="y")
+    style.logarithmic(ax)
+    style.rows(ax, labels)
     words = " or ".join(dict.fromkeys(map(str, rows["anomaly"])))
     ax.set_xlabel(f"{words} per operation\n(hollow: none seen, bound at 95 %)", loc="right")
-    ax.legend(
-        loc="lower right", bbox_to_anchor=(1, 1), ncols=len(VARIANTS), columnspacing=1.2,
-        handletextpad=0.2,
-    )  # fmt: skip
+    style.legend_above(ax, len(VARIANTS), columnspacing=1.2, handletextpad=0.2)
     return ax
 
 
@@ -136,8 +139,6 @@ def times_of_changes(ax: Axes, costs: pd.DataFrame, *, unit: str, unit_ns: float
     unit_ns
         The same in nanoseconds.
     """
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     changes, several = list(costs["change"].unique()), list(costs["series"].unique())
     for place, series in enumerate(several):
         look = style.look(place)
@@ -151,14 +152,11 @@ def times_of_changes(ax: Axes, costs: pd.DataFrame, *, unit: str, unit_ns: float
                 middle, y + shift, xerr=[[middle - low], [high - middle]],
                 label=series if y == 0 else None, **look.points(),
             )  # fmt: skip
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(numticks=8))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    style.logarithmic(ax, ticks=8)
     ax.set_yticks(range(len(changes)), [one.replace(", ", ",\n", 1) for one in changes], fontsize=6)
     ax.set_ylim(len(changes) - 0.5, -0.5)
     ax.set_xlabel(f"{unit}: median, 5 % to 95 %", loc="right")
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, columnspacing=0.8,
-              handletextpad=0.1)  # fmt: skip
+    style.legend_above(ax, 2, columnspacing=0.8, handletextpad=0.1)
 
 
 def shares_missed(ax: Axes, follows: pd.DataFrame, look: dict[str, Any], label: str) -> None:
@@ -187,10 +185,12 @@ def shares_missed(ax: Axes, follows: pd.DataFrame, look: dict[str, Any], label: 
     ax.yaxis.set_major_formatter(PercentFormatter(1))
 
 
-def broken_at_commas(ax: Axes) -> None:
-    """Set the long case labels of `anomaly_rates` in two lines and a smaller size."""
+def mixed_readings(run: Run, ax: Axes) -> None:
+    """Draw `anomaly_rates` of readings of several generations, with long labels in two lines."""
+    anomaly_rates(run, ax=ax)
     labels = [label.get_text().replace(", ", ",\n", 1) for label in ax.get_yticklabels()]
     ax.set_yticks(range(len(labels)), labels, fontsize=6)
+    ax.set_xlabel("mixed readings per reading\n(hollow: none seen, bound at 95 %)", loc="right")
 
 
 def _figure(drawn: Axes | Sequence[Axes] | Figure, run: Run) -> Figure:

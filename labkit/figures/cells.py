@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from labkit.figures import style
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from labkit.figures import Axes, style
 
 REFUSED: Final = "#D9D9D9"
 EMPTY: Final = "white"

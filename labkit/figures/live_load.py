@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import NullFormatter
 
 from labkit.figures import style
 from labkit.runs import Run
@@ -18,17 +18,8 @@ _WIDE = 2 * style.HALF_PAGE[0]
 def live_load(run: Run) -> Figure:
     """Draw the latency over the run, its tail, and what became of the changes.
 
-    Parameters
-    ----------
-    run
-        Its tables ``windows``, ``tail`` and ``percentiles`` are drawn.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Left above p50 and p99 against time, each over the newest changes; left below the changes
-        of each window that were not handed out; right the share of all changes that were later
-        than x.
+    Left above p50 and p99 against time, each over the newest changes; left below the changes of
+    each window that were not handed out; right the share of all changes that were later than x.
     """
     windows = run.table("windows")
     figure = pyplot.figure(figsize=(_WIDE, 3.4))
@@ -41,7 +32,7 @@ def live_load(run: Run) -> Figure:
     above.set_yscale("log")
     _whole_decades(above, windows["p50_ns"], windows["p99_ns"])
     above.set_ylabel("latency (ms)")
-    above.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    style.legend_above(above, 2)
     below = figure.add_subplot(grid[1, 0], sharex=above)
     share = 100 / windows["operations"]
     below.plot(
@@ -54,14 +45,12 @@ def live_load(run: Run) -> Figure:
     below.set_ylim(-4, 104)
     below.set_ylabel("changes (%)")
     below.set_xlabel("time (s)", loc="right")
-    below.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=6.5)
+    style.legend_above(below, 2, fontsize=6.5)
     right = figure.add_subplot(grid[:, 1])
     tail = run.table("tail")
     right.plot(tail["ns"] / 1e6, tail["share"], **(style.look(0).line() | {"marker": ""}))
-    right.set_xscale("log")
     right.set_yscale("log")
-    right.xaxis.set_major_locator(LogLocator(numticks=6))
-    right.xaxis.set_minor_formatter(NullFormatter())
+    style.logarithmic(right, ticks=6)
     right.set_xlabel("latency from the intended time (ms)", loc="right")
     right.set_ylabel("share of changes seen later")
     chosen = run.parameters

@@ -6,6 +6,7 @@ colour blindness; a marker and a line style say the same again, for print in gre
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -14,10 +15,12 @@ from labkit.errors import BadInput
 from labkit.runs import Run
 
 # matplotlib takes half a second to import, and whoever only measures draws nothing: here and in
-# the experiments it is imported where something is drawn.
+# the experiments it is imported where something is drawn. These names are for annotations.
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
+else:
+    Axes = Figure = Any
 
 BLACK: Final = "#000000"
 ORANGE: Final = "#E69F00"
@@ -128,18 +131,37 @@ def axes(ax: Axes | None, *, height: float = HALF_PAGE[1]) -> Axes:
     return made
 
 
+def logarithmic(ax: Axes, of: str = "x", *, ticks: int = 7) -> None:
+    """Make one axis ``of`` ``ax``, x or y, logarithmic, with so many ``ticks`` at the most."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    (ax.set_xscale if of == "x" else ax.set_yscale)("log")
+    axis = ax.xaxis if of == "x" else ax.yaxis
+    axis.set_major_locator(LogLocator(numticks=ticks))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def rows(ax: Axes, labels: Iterable[str], **text: Any) -> None:
+    """Name the places 0, 1, ... of the vertical axis of ``ax`` from above, and take away its grid.
+
+    ``labels`` are the names, and ``text`` says how they look.
+    """
+    names = list(labels)
+    ax.set_yticks(range(len(names)), names, **text)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.grid(False, axis="y")
+
+
+def legend_above(ax: Axes, columns: int = 1, **more: Any) -> None:
+    """Set the legend of ``ax`` above it, in ``columns``; ``more`` is for ``Axes.legend``."""
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=columns, **more)
+
+
 def sign(figure: Figure, run: Run) -> None:
     """Write under a figure where its data come from, and above it what limits them.
 
     The line under it has experiment, profile, kernel, CPUs and date. A mark above it is set for a
     recorded run, and for a run in an emulated machine, whose times compare with nothing outside it.
-
-    Parameters
-    ----------
-    figure
-        Drawn already; room is made for the lines.
-    run
-        Whose data it shows.
     """
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 

@@ -46,7 +46,7 @@ _MOST_SERIES: Final = 100
 
 
 @dataclass(frozen=True)
-class Finding:
+class DiagnosedMap:
     """What is to be said of one map: the causes first.
 
     Attributes
@@ -67,7 +67,7 @@ class Finding:
     whole: bool = True
 
     @classmethod
-    def of(cls, found: Diagnosis) -> Finding:
+    def of(cls, found: Diagnosis) -> DiagnosedMap:
         """What is kept of a diagnosis; its entries are let go."""
         state = found.state
         counted = state.content is None or state.content.whole
@@ -103,7 +103,7 @@ class Machine:
 
     Attributes
     ----------
-    findings : tuple of Finding
+    maps : tuple of DiagnosedMap
         Of each map that was looked at, by ascending id.
     not_reached : tuple of int
         Ids of the maps for which there was no time.
@@ -117,7 +117,7 @@ class Machine:
         How long it took.
     """
 
-    findings: tuple[Finding, ...]
+    maps: tuple[DiagnosedMap, ...]
     not_reached: tuple[int, ...] = ()
     refused: Mapping[int, str] = field(default_factory=dict)
     programs: int = 0
@@ -128,21 +128,21 @@ class Machine:
     @property
     def has_cause(self) -> bool:
         """Whether any map has a cause."""
-        return any(one.state == "cause" for one in self.findings)
+        return any(one.state == "cause" for one in self.maps)
 
-    def of(self, state: str) -> list[Finding]:
+    def of(self, state: str) -> list[DiagnosedMap]:
         """The maps that are ``cause``, ``risk`` or ``healthy``."""
-        return [one for one in self.findings if one.state == state]
+        return [one for one in self.maps if one.state == state]
 
     def __str__(self) -> str:
         """The causes, then the risks, then how many maps are healthy, for a terminal."""
-        count = len(self.findings) + len(self.not_reached) + len(self.refused)
+        count = len(self.maps) + len(self.not_reached) + len(self.refused)
         lines = [
             f"this machine: {count:,} maps, {self.programs:,} programs and {self.links:,} links, "
             f"looked at in {self.seconds:.1f} s"
         ]
         for weight in ("cause", "risk"):
-            groups = _alike(self.findings, weight)
+            groups = _alike(self.maps, weight)
             lines += [paragraph(one) for one in groups[:_MOST_TOLD]]
             if len(groups) > _MOST_TOLD:
                 lines.append(f"  {weight:5}  {len(groups) - _MOST_TOLD:,} more: --json has them.")
@@ -151,7 +151,7 @@ class Machine:
     def _rest(self) -> Iterator[tuple[str, str]]:
         yield (
             "healthy",
-            f"{len(self.of('healthy')):,} of {len(self.findings):,} maps: no cause, and no risk "
+            f"{len(self.of('healthy')):,} of {len(self.maps):,} maps: no cause, and no risk "
             "but what all maps of their kind have.",
         )
         yield (
@@ -167,7 +167,7 @@ class Machine:
                 "unseen",
                 f"maps {listed([*self.refused], _MOST_NAMED)} could not be looked at ({why}).",
             )
-        if cut := [one.map.id for one in self.findings if not one.whole]:
+        if cut := [one.map.id for one in self.maps if not one.whole]:
             yield "unseen", f"the entries of maps {listed(cut, _MOST_NAMED)} were not all counted."
         for words in self.unseen:
             yield "unseen", f"{words}."
@@ -176,7 +176,7 @@ class Machine:
         """The same for scripts; maps without cause and risk are counted alone."""
         told = [*self.of("cause"), *self.of("risk")]
         return {
-            "maps": len(self.findings) + len(self.not_reached) + len(self.refused),
+            "maps": len(self.maps) + len(self.not_reached) + len(self.refused),
             "programs": self.programs,
             "links": self.links,
             "seconds": round(self.seconds, 3),
@@ -185,7 +185,7 @@ class Machine:
             "left_out": max(0, len(told) - _MOST_IN_JSON),
             "not_reached": list(self.not_reached),
             "refused": {str(id): why for id, why in self.refused.items()},
-            "not_counted": [one.map.id for one in self.findings if not one.whole],
+            "not_counted": [one.map.id for one in self.maps if not one.whole],
             "unseen": list(self.unseen),
         }
 
@@ -205,11 +205,11 @@ class Machine:
         of = {"asked": asked}
         diagnostics = Counter(
             (one.weight, one.experiment)
-            for each in self.findings
+            for each in self.maps
             for one in each.diagnostics
             if not one.usual
         )
-        told = self.of("cause") if not asked else [*self.findings]
+        told = self.of("cause") if not asked else [*self.maps]
         return [
             Metric(
                 "labkit_diagnose_maps", "gauge", "Maps, by what the last diagnosis came to.",
@@ -275,11 +275,11 @@ def diagnose_machine(most_seconds: float = MOST_SECONDS) -> Machine:
 
 
 class _Look:
-    """The findings, as they are made."""
+    """The maps, as they are diagnosed."""
 
     def __init__(self, now: Objects) -> None:
         self._deadline = 0.0
-        self.found: dict[int, Finding] = {}
+        self.found: dict[int, DiagnosedMap] = {}
         self.refused: dict[int, str] = {}
         self.not_reached: list[int] = []
         self.codes: list[Code] = []
@@ -333,16 +333,16 @@ class _Look:
             if error.errno != errno.ENOENT:  # else it has gone meanwhile
                 self.refused[id] = str(error)
         else:
-            self.found[id] = Finding.of(found)
+            self.found[id] = DiagnosedMap.of(found)
 
 
-def _alike(findings: Iterable[Finding], weight: str) -> list[Diagnostic]:
+def _alike(maps: Iterable[DiagnosedMap], weight: str) -> list[Diagnostic]:
     """Each cause or risk once, with the maps that have it in front of its words.
 
     What is the same but for numbers is told of the first map, and counted for the others.
     """
     groups: dict[tuple[str, ...], list[tuple[MapObject, Diagnostic]]] = {}
-    for one in findings:
+    for one in maps:
         for found in one.some(weight):
             alike = found.says if weight == "cause" else found.experiment
             key = (alike, re.sub(r"\d[\d,]*", "#", found.do))

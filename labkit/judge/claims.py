@@ -330,11 +330,6 @@ class Ledger:
 def read(file: Path = LEDGER) -> tuple[Claim, ...]:
     """Read the claims.
 
-    Parameters
-    ----------
-    file
-        In TOML, a ``[[claim]]`` table each.
-
     Raises
     ------
     BadInput

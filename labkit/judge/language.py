@@ -107,15 +107,7 @@ class Answer:
 def reference(folder: Path = REFERENCE) -> Tables:
     """Read the article's figures.
 
-    Parameters
-    ----------
-    folder
-        Holds one CSV file for each table.
-
-    Returns
-    -------
-    mapping
-        Data frames by the file's name, with underscores for hyphens: ``chapter_5``.
+    By the name of the CSV file in the folder, with underscores for hyphens: ``chapter_5``.
     """
     return {file.stem.replace("-", "_"): pd.read_csv(file) for file in sorted(folder.glob("*.csv"))}
 
@@ -148,17 +140,7 @@ def decide(statement: str, run: Run | None) -> Answer:
 def figure(expression: str, run: Run | None) -> str:
     """Evaluate an expression and put it into words.
 
-    Parameters
-    ----------
-    expression
-        In the language of this module.
-    run
-        What it speaks of; None where it speaks of the article's figures alone.
-
-    Raises
-    ------
-    BadPredicate
-        As `decide`.
+    The arguments and what it raises are those of `decide`.
     """
     return in_words(_one(_Reader(expression, run).read()))
 
@@ -166,15 +148,7 @@ def figure(expression: str, run: Run | None) -> str:
 def reads(statement: str, run: Run | None) -> tuple[tuple[str, str], ...]:
     """The tables and columns that a statement reads of a run, for those who plant mutants.
 
-    Parameters
-    ----------
-    statement, run
-        As `decide`.
-
-    Returns
-    -------
-    tuple of (str, str)
-        Table and column, each once, in the order of reading.
+    Each once, in the order of reading; the arguments are those of `decide`.
     """
     reader = _Reader(statement, run)
     reader.read()
@@ -184,18 +158,8 @@ def reads(statement: str, run: Run | None) -> tuple[tuple[str, str], ...]:
 def each_case(statement: str, run: Run) -> list[tuple[str, str]]:
     """A quantified statement about several cases, as one about each.
 
-    Parameters
-    ----------
-    statement
-        In the language of this module.
-    run
-        Whose cases they are.
-
-    Returns
-    -------
-    list of (str, str)
-        The statement about one case, and the case's label; the statement itself, with an empty
-        label, where it is not one quantifier over more than one case.
+    The statement about one case, and the case's label; the statement itself, with an empty label,
+    where it is not one quantifier over more than one case.
     """
     reader = _Reader(statement, run)
     tree = reader.parsed()

@@ -283,15 +283,7 @@ def survey(now: Objects) -> Survey:
     stays where it is. Namespaces and cgroups are given a few seconds each; what is left then is
     in ``unseen``.
 
-    Parameters
-    ----------
-    now : Objects
-        A snapshot of a moment ago.
-
-    Returns
-    -------
-    Survey
-        Programs that have gone since are missing, without a word.
+    Programs that have gone since the snapshot are missing, without a word.
     """
     look = _Look(now)
     look.links()

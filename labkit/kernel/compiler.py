@@ -92,10 +92,7 @@ class CompiledProgram:
     def bound(self, numbers: Mapping[str, int]) -> bytes:
         """The instructions with numbers in their places.
 
-        Parameters
-        ----------
-        numbers : mapping of str to int
-            Descriptors of the source's maps, and its constants.
+        By name: descriptors of the source's maps, and its constants.
         """
         code = np.frombuffer(bytearray(self.instructions), libbpf.INSTRUCTION)
         for place, name in self.places.items():

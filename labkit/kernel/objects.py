@@ -386,11 +386,6 @@ class Difference:
 def difference(before: Objects, after: Objects) -> Difference:
     """Compare two snapshots by id.
 
-    Parameters
-    ----------
-    before, after : Objects
-        In the order in which they were taken.
-
     Returns
     -------
     Difference

@@ -65,7 +65,7 @@ def provenance() -> dict[str, object]:
         "recorded_at": datetime.now(UTC).isoformat(timespec="seconds"),
         **_lasting_facts(),
         "load": _load(),
-        "stolen_share": _stolen_share({}, _cpu_ticks()),
+        "stolen_share": _stolen_share({}, usage()),
     }
 
 
@@ -78,16 +78,12 @@ def usage() -> dict[str, int]:
         Clock ticks since boot by kind (user, nice, system, idle, iowait, irq, softirq,
         steal), over all CPUs; empty where the system does not tell.
     """
-    return _cpu_ticks()
+    first, _, _ = _read("/proc/stat").partition("\n")
+    return dict(zip(_TICKS, map(int, first.split()[1:]), strict=False))
 
 
 def usage_since(before: dict[str, int]) -> dict[str, object]:
     """What the machine did between a call of :func:`usage` and now.
-
-    Parameters
-    ----------
-    before : dict
-        As :func:`usage` answered.
 
     Returns
     -------
@@ -95,7 +91,7 @@ def usage_since(before: dict[str, int]) -> dict[str, object]:
         ``stolen_share`` and ``busy_share`` of all CPU time in between (float from 0 to 1; None
         where nothing is known or no time passed), and ``load``, the load averages now.
     """
-    now = _cpu_ticks()
+    now = usage()
     spent = {name: now[name] - before.get(name, 0) for name in now}
     total = sum(spent.values())
     idle = spent.get("idle", 0) + spent.get("iowait", 0) + spent.get("steal", 0)
@@ -253,11 +249,6 @@ def _load() -> list[float]:
         return [round(one, 2) for one in os.getloadavg()]
     except OSError:
         return []
-
-
-def _cpu_ticks() -> dict[str, int]:
-    first, _, _ = _read("/proc/stat").partition("\n")
-    return dict(zip(_TICKS, map(int, first.split()[1:]), strict=False))
 
 
 def _stolen_share(before: dict[str, int], now: dict[str, int]) -> float | None:

@@ -19,9 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from labkit.errors import LabError
 from labkit.kernel import leftovers, libbpf, native, network, programs, tools
 from labkit.kernel.libbpf import AttachType, MapFlag, MapKind, ProgramKind, UpdateFlag
+from labkit.kernel.maps import PER_CPU, Map, MapError
 from labkit.kernel.parallel import cpus
 from labkit.kernel.perf_events import perf_event, probe_source
 from labkit.kernel.pins import PinFolder
@@ -175,7 +178,6 @@ class _Bench:
 
     def __init__(self) -> None:
         self._closing = ExitStack()
-        self._counter: int | None = None
 
     def __enter__(self) -> _Bench:
         return self
@@ -187,29 +189,10 @@ class _Bench:
         self._closing.callback(libbpf.close, fd)
         return fd
 
-    def map(
-        self,
-        kind: MapKind,
-        *,
-        key_size: int = 4,
-        value_size: int = 8,
-        max_entries: int = 4,
-        flags: int = 0,
-        inner_fd: int | None = None,
-        btf: tuple[int, int, int] | None = None,
-    ) -> int:
-        return self.own(
-            libbpf.map_create(
-                kind,
-                name="labkit_probe",
-                key_size=key_size,
-                value_size=value_size,
-                max_entries=max_entries,
-                flags=flags,
-                inner_fd=inner_fd,
-                btf=btf,
-            )
-        )
+    def map(self, kind: MapKind, *, flags: MapFlag = MapFlag.NONE, inner: Map | None = None) -> Map:
+        value = "u8" if inner is None else "u4"
+        made = Map.create(kind, key="u4", value=value, max_entries=4, flags=flags, inner=inner)
+        return self._closing.enter_context(made)
 
     def program(
         self,
@@ -238,28 +221,17 @@ class _Bench:
         hook: str | None = None,
         returned: int = 0,
     ) -> int:
-        self._counter = self.map(MapKind.ARRAY, max_entries=1)
-        return self.program(kind, _counting(self._counter, returned), attach_type, hook)
+        self._counter = self.map(MapKind.ARRAY)
+        return self.program(kind, _counting(self._counter.fd, returned), attach_type, hook)
 
     def runs_seen(self, trigger: Callable[[], object]) -> str:
         """Answer that the counting program runs; `Refused` where it does not."""
-        assert self._counter is not None
         for _ in range(100):
             trigger()
-        if not _look_up(self._counter, 0):
+        if not self._counter.lookup(0):
             raise Refused("attached, but the kernel never runs it")
         # The rest of the machine triggers it as well, so the count itself would say nothing.
         return "attached, and seen to run"
-
-
-def _look_up(fd: int, key: int) -> int:
-    """Read one u64 of a probed map."""
-    value = ctypes.c_uint64()
-    result = libbpf.api().bpf_map_lookup_elem(
-        fd, ctypes.byref(ctypes.c_uint32(key)), ctypes.byref(value)
-    )
-    libbpf.checked(result, "looking up")
-    return value.value
 
 
 # The kernel as such.
@@ -494,18 +466,14 @@ def _xdp() -> str:
 # Maps.
 
 
-def _keeps_a_value(kind: MapKind, flags: int = 0, *, key: int = 1, value_words: int = 1) -> None:
+def _keeps_a_value(kind: MapKind, flags: MapFlag = MapFlag.NONE) -> None:
     """Store in a map of that kind and read back, as a user does."""
     with _Bench() as bench:
-        fd = bench.map(kind, flags=flags)
-        stored = (ctypes.c_uint64 * value_words)(*range(7, 7 + value_words))
-        found = (ctypes.c_uint64 * value_words)()
-        place = ctypes.byref(ctypes.c_uint32(key))
-        lib = libbpf.api()
-        libbpf.checked(lib.bpf_map_update_elem(fd, place, stored, 0), "updating")
-        libbpf.checked(lib.bpf_map_lookup_elem(fd, place, found), "looking up")
-        if list(found) != list(stored):
-            raise Refused(f"{list(stored)} was stored, {list(found)} came back")
+        table = bench.map(kind, flags=flags)
+        stored = [*range(7, 7 + libbpf.possible_cpus())] if kind in PER_CPU else 7
+        table.update(1, stored)
+        if not np.array_equal(found := table.lookup(1), stored):
+            raise Refused(f"{stored} was stored, {found} came back")
 
 
 @_trial("hash", _OTHER_KERNEL, essential=True)
@@ -529,32 +497,28 @@ def _lru() -> str:
 
 @_trial("percpu", _OTHER_KERNEL, essential=True)
 def _percpu() -> str:
-    words = libbpf.possible_cpus()
-    _keeps_a_value(MapKind.PERCPU_ARRAY, value_words=words)
-    _keeps_a_value(MapKind.PERCPU_HASH, value_words=words)
-    return f"stored and read back one value for each of {words} CPUs, array and hash"
+    _keeps_a_value(MapKind.PERCPU_ARRAY)
+    _keeps_a_value(MapKind.PERCPU_HASH)
+    cpus = libbpf.possible_cpus()
+    return f"stored and read back one value for each of {cpus} CPUs, array and hash"
 
 
 @_trial("map_in_map", _OTHER_KERNEL, essential=True)
 def _map_in_map() -> str:
-    lib = libbpf.api()
     for kind in (MapKind.ARRAY_OF_MAPS, MapKind.HASH_OF_MAPS):
         with _Bench() as bench:
             inner = bench.map(MapKind.ARRAY)
-            outer = bench.map(kind, value_size=4, inner_fd=inner)
-            key = ctypes.byref(ctypes.c_uint32(1))
-            value, found = ctypes.c_uint32(inner), ctypes.c_uint32()
-            libbpf.checked(lib.bpf_map_update_elem(outer, key, ctypes.byref(value), 0), "placing")
-            libbpf.checked(lib.bpf_map_lookup_elem(outer, key, ctypes.byref(found)), "looking up")
-            if found.value != libbpf.map_info(inner).id:
+            outer = bench.map(kind, inner=inner)
+            outer.update(1, inner.fd)
+            if outer.lookup(1) != inner.id:
                 raise Refused("an inner map was placed, another came back")
     return "inner maps placed in an array and in a hash"
 
 
 def _batch(kind: MapKind, words: int = 1) -> None:
-    lib = libbpf.api()
+    lib = libbpf.api()  # not by `Map`, which goes on key by key where there are no batches
     with _Bench() as bench:
-        fd = bench.map(kind)
+        fd = bench.map(kind).fd
         count = ctypes.c_uint32(4)
         keys, stored = (ctypes.c_uint32 * 4)(*range(4)), (ctypes.c_uint64 * (4 * words))()
         stored[:] = list(range(1, 4 * words + 1))
@@ -618,36 +582,29 @@ def _spin_lock_types() -> bytes:
 
 @_trial("spin_lock", _OTHER_KERNEL, essential=True)
 def _spin_lock() -> str:
-    lib = libbpf.api()
     raw = _spin_lock_types()
-    load = lib.bpf_btf_load
-    load.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p]
     for kind in (MapKind.HASH, MapKind.ARRAY):
         with _Bench() as bench:
-            types = bench.own(libbpf.checked(load(raw, len(raw), None), "loading BTF"))
-            fd = bench.map(kind, btf=(types, 1, 3))
-            key = ctypes.byref(ctypes.c_uint32(1))
-            value, found = (ctypes.c_uint32 * 2)(0, 7), (ctypes.c_uint32 * 2)()
-            flags = UpdateFlag.LOCK
-            libbpf.checked(lib.bpf_map_update_elem(fd, key, value, 0), "updating")
-            libbpf.checked(
-                lib.bpf_map_update_elem(fd, key, value, flags), "updating with BPF_F_LOCK"
+            types = bench.own(libbpf.btf_load(raw))
+            made = libbpf.map_create(
+                kind, name="labkit", key_size=4, value_size=8, max_entries=4, btf=(types, 1, 3)
             )
-            libbpf.checked(
-                lib.bpf_map_lookup_elem_flags(fd, key, found, flags), "looking up with BPF_F_LOCK"
-            )
-            if found[1] != 7:
-                raise Refused(f"7 was stored, {found[1]} came back")
+            with Map.from_fd(bench.own(made)) as table:
+                table.update(1, ((0,), 7))
+                table.update(1, ((0,), 7), UpdateFlag.LOCK)
+                found = table.lookup(1, UpdateFlag.LOCK)["value"]
+            if found != 7:
+                raise Refused(f"7 was stored, {found} came back")
     return "stored and read back with BPF_F_LOCK, hash and array"
 
 
 @_trial("mmapable_array", _OTHER_KERNEL, essential=True)
 def _mmapable_array() -> str:
     with _Bench() as bench:
-        fd = bench.map(MapKind.ARRAY, flags=MapFlag.MMAPABLE)
-        with mmap.mmap(fd, mmap.PAGESIZE) as memory:
+        table = bench.map(MapKind.ARRAY, flags=MapFlag.MMAPABLE)
+        with mmap.mmap(table.fd, mmap.PAGESIZE) as memory:
             struct.pack_into("=Q", memory, 8, 7)
-            found = _look_up(fd, 1)
+            found = table.lookup(1)
         if found != 7:
             raise Refused(f"7 was stored through the mapping, a lookup found {found}")
         return "a store through the mapping is what a lookup finds"
@@ -655,27 +612,25 @@ def _mmapable_array() -> str:
 
 @_trial("frozen_map", _OTHER_KERNEL)
 def _frozen_map() -> str:
-    lib = libbpf.api()
     with _Bench() as bench:
-        fd = bench.map(MapKind.ARRAY, flags=MapFlag.RDONLY_PROG)
-        libbpf.checked(lib.bpf_map_freeze(fd), "freezing")
-        key, value = ctypes.c_uint32(0), ctypes.c_uint64(7)
-        result = lib.bpf_map_update_elem(fd, ctypes.byref(key), ctypes.byref(value), 0)
-        if result >= 0:
-            raise Refused("a frozen map could be updated")
-        return f"frozen; an update then gets {libbpf.error_name(-result)}"
+        table = bench.map(MapKind.ARRAY, flags=MapFlag.RDONLY_PROG)
+        table.freeze()
+        try:
+            table.update(0, 7)
+        except MapError as refusal:
+            return f"frozen; an update then gets {libbpf.error_name(refusal.errno or 0)}"
+        raise Refused("a frozen map could be updated")
 
 
 @_trial("ringbuf", _OTHER_KERNEL, essential=True)
 def _ringbuf() -> str:
     page = mmap.PAGESIZE
     with _Bench() as bench:
-        ring = bench.map(MapKind.RINGBUF, key_size=0, value_size=0, max_entries=page)
-        program = bench.program(ProgramKind.TC, _sending(ring, 130, by_flags=False))
-        _run_once(program)
-        with mmap.mmap(ring, 3 * page, prot=mmap.PROT_READ, offset=page) as produced:
-            (position,) = struct.unpack_from("=Q", produced)
-            header, record = struct.unpack_from("=QQ", produced, page)
+        with Map.create(MapKind.RINGBUF, key=None, value=None, max_entries=page) as ring:
+            _run_once(bench.program(ProgramKind.TC, _sending(ring.fd, 130, by_flags=False)))
+            with mmap.mmap(ring.fd, 3 * page, prot=mmap.PROT_READ, offset=page) as produced:
+                (position,) = struct.unpack_from("=Q", produced)
+                header, record = struct.unpack_from("=QQ", produced, page)
         if (position, record) != (16, 7):
             raise Refused(f"one record was sent, the ring is at {position}")
         return f"a record of {header & 0xFFFFFFFF} bytes came through"
@@ -683,20 +638,17 @@ def _ringbuf() -> str:
 
 @_trial("perf_buffer", _OTHER_KERNEL, essential=True)
 def _perf_buffer() -> str:
-    lib = libbpf.api()
-    with _Bench() as bench:
-        cpu = _here()
-        events = bench.map(
-            MapKind.PERF_EVENT_ARRAY, value_size=4, max_entries=libbpf.possible_cpus()
-        )
+    cpu, most = _here(), libbpf.possible_cpus()
+    with (
+        _Bench() as bench,
+        Map.create(MapKind.PERF_EVENT_ARRAY, key="u4", value="u4", max_entries=most) as events,
+    ):
         event = bench.own(perf_event(1, 10, cpu=cpu))  # PERF_COUNT_SW_BPF_OUTPUT
         with mmap.mmap(event, 2 * mmap.PAGESIZE) as buffer:
-            key, value = ctypes.c_uint32(cpu), ctypes.c_uint32(event)
-            done = lib.bpf_map_update_elem(events, ctypes.byref(key), ctypes.byref(value), 0)
-            libbpf.checked(done, "placing a perf event")
+            events.update(cpu, event)
             libc = ctypes.CDLL(None, use_errno=True)
             libc.ioctl(event, ctypes.c_ulong(_PERF_ENABLE), 0)
-            sent = _run_once(bench.program(ProgramKind.TC, _sending(events, 25, by_flags=True)))
+            sent = _run_once(bench.program(ProgramKind.TC, _sending(events.fd, 25, by_flags=True)))
             libbpf.checked(ctypes.c_int32(sent.retval).value, "sending")
             (head,) = struct.unpack_from("=Q", buffer, 1024)
         if not head:
@@ -710,9 +662,8 @@ def _perf_buffer() -> str:
 @_trial("bpffs_detached", _OTHER_KERNEL, essential=True)
 def _bpffs_detached() -> str:
     with _Bench() as bench, PinFolder() as pins:
-        fd = bench.map(MapKind.ARRAY)
-        libbpf.pin(fd, pins.path("labkit"))
-        bench.own(libbpf.open_pin(pins.path("labkit")))
+        bench.map(MapKind.ARRAY).pin(pins.path("labkit"))
+        Map.from_pin(pins.path("labkit")).close()
         return "pinned and opened in a bpffs that is mounted nowhere"
 
 

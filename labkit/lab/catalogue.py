@@ -69,10 +69,7 @@ def _known(id: str) -> Experiment | None:
 def complete(run: Run) -> Run:
     """A run with what follows from its tables, its counts among them.
 
-    Parameters
-    ----------
-    run : Run
-        As it stands on disk; one of a benchmark, which is no experiment, is complete.
+    One of a benchmark, which is no experiment, is complete.
 
     Raises
     ------
@@ -84,58 +81,35 @@ def complete(run: Run) -> Run:
 
 
 def usual_parameters(experiment: str, profile: str) -> Mapping[str, Any] | None:
-    """The parameters of an experiment's profile; None for what is no experiment.
-
-    Parameters
-    ----------
-    experiment, profile : str
-        Its id, and ``quick`` or ``full``.
-    """
+    """The parameters of an experiment's profile; None for what is no experiment."""
     known = _known(experiment)
     return None if known is None else dict(known.profiles[profile])
 
 
 def load(path: Path) -> Run:
-    """Read a run from its directory, and complete it.
-
-    Parameters
-    ----------
-    path : Path
-        As `labkit.runs.load` takes it.
-    """
+    """Read a run from its directory, and complete it."""
     return complete(runs.load(path))
 
 
 def latest(folder: Path, experiment: str, profile: str | None = None) -> Run | None:
-    """The newest run of an experiment, completed; None where there is none.
+    """The newest run of an ``experiment``, completed; None where there is none.
 
-    Parameters
-    ----------
-    folder, experiment, profile
-        As `labkit.runs.latest` takes them.
+    ``folder`` and ``profile`` are as `labkit.runs.latest` takes them.
     """
     run = runs.latest(folder, experiment, profile)
     return None if run is None else complete(run)
 
 
 def recorded(experiment: str, *, profile: str, data: Path = RECORDED) -> list[Run]:
-    """The recorded runs of an experiment, completed, ordered by kernel release.
+    """The recorded runs of an ``experiment``, completed, ordered by kernel release.
 
-    Parameters
-    ----------
-    experiment, profile, data
-        As `labkit.runs.recorded` takes them.
+    ``profile`` and ``data`` are as `labkit.runs.recorded` takes them.
     """
     return [complete(run) for run in runs.recorded(experiment, profile=profile, data=data)]
 
 
 def judge(run: Run) -> Finding:
     """Judge a run as its experiment says.
-
-    Parameters
-    ----------
-    run : Run
-        With its counts.
 
     Raises
     ------

@@ -6,13 +6,12 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Final
 
 from labkit.errors import Unavailable
 from labkit.inspect.canary import PLACE
 from labkit.kernel import probe, programs
-from labkit.kernel.closing import Closing
+from labkit.kernel.closing import Holding
 from labkit.kernel.libbpf import MapKind, ProgramKind, UpdateFlag
 from labkit.kernel.maps import KeyExists, Map
 
@@ -31,7 +30,7 @@ sys.exit(-libbpf.bpf_map_update_elem(fd, *given))
 """
 
 
-class Example(Closing):
+class Example(Holding):
     """Two maps of a control plane, which goes on to write them; a context manager.
 
     It has been started anew: the program that runs refers to the policies of before. Its values
@@ -53,16 +52,12 @@ class Example(Closing):
 
     def __init__(self) -> None:
         probe.require("bpf")
-        self._stack = ExitStack()
-        try:
+        with self._opening() as opened:
             before = self._map("policies")
-            loaded = self._stack.enter_context(programs.load("held_map", TABLE_FD=before.fd))
+            loaded = opened.enter_context(programs.load("held_map", TABLE_FD=before.fd))
             loaded.attach(loaded.program("look_up", ProgramKind.RAW_TRACEPOINT), _SELDOM)
             before.close()  # that program keeps it
             self._tables = self._map("policies"), self._map("routes")
-        except BaseException:
-            self._stack.close()
-            raise
         self.policies, self.routes = (str(table.id) for table in self._tables)
         self.command = [
             sys.executable, "-S", "-c", _COMMAND, self.policies, str(CANARY_KEY), PLACE,
@@ -82,7 +77,7 @@ class Example(Closing):
 
     def _map(self, name: str) -> Map:
         made = Map.create(MapKind.HASH, key="u4", value="u8", max_entries=64, name=name)
-        return self._stack.enter_context(made)
+        return self._open.enter_context(made)
 
     def _write(self) -> None:
         turn = 0
@@ -99,4 +94,4 @@ class Example(Closing):
         """End the control plane, and remove its maps; safe to call twice."""
         self._ended.set()
         self._writer.join()
-        self._stack.close()
+        super().close()

@@ -78,16 +78,8 @@ class Case:
 def case_table(cases: Sequence[Case]) -> pd.DataFrame:
     """The cases of an experiment as the table that its runs keep.
 
-    Parameters
-    ----------
-    cases : sequence of Case
-        In the order in which they are shown.
-
-    Returns
-    -------
-    DataFrame
-        ``variant``, ``case``, ``label``, and a column for each setting that is a number, a word or
-        a member of an enumeration (its name); None where a case does not have it.
+    A row has ``variant``, ``case``, ``label``, and a column for each setting that is a number, a
+    word or a member of an enumeration (its name); None where a case does not have it.
     """
     return pd.DataFrame(
         [
@@ -119,13 +111,7 @@ class Counted:
     cost_ns: str = ""
 
     def table(self, rounds: pd.DataFrame) -> pd.DataFrame:
-        """The counts of all cases that were measured.
-
-        Parameters
-        ----------
-        rounds : DataFrame
-            With the columns ``variant``, ``case`` and those that are counted.
-        """
+        """The counts of all cases that were measured."""
         triad = Triad(self.anomaly)
         for (variant, case), group in rounds.groupby(["variant", "case"], sort=False):
             triad.add(
@@ -222,13 +208,7 @@ class Experiment:
         return chosen
 
     def complete(self, run: Run) -> Run:
-        """A run with what follows from its tables; the run itself where nothing does.
-
-        Parameters
-        ----------
-        run : Run
-            Of this experiment.
-        """
+        """A run with what follows from its tables; the run itself where nothing does."""
         return run if self.derive is None else run.derived(self.derive(run.tables))
 
 

@@ -278,15 +278,7 @@ class Session:
 def stop_newest(timeout_s: float = 10.0) -> bool:
     """Stop the session of this process that runs, if one does.
 
-    Parameters
-    ----------
-    timeout_s : float
-        How long to wait for its end, seconds.
-
-    Returns
-    -------
-    bool
-        Whether nothing runs any more.
+    It waits for its end, some seconds, and answers whether nothing runs any more.
     """
     with Session._lock:
         session = Session._newest
@@ -536,11 +528,6 @@ def _summary(late_ns: npt.NDArray[np.int64]) -> Tables:
 
 def drawn(path: str) -> str:
     """Draw a saved run.
-
-    Parameters
-    ----------
-    path : str
-        Directory of the run.
 
     Returns
     -------

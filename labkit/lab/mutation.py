@@ -79,15 +79,8 @@ def over_recorded_runs() -> list[Planted]:
 
 
 def as_text(planted: Sequence[Planted]) -> str:
-    """Tell for a terminal what became of the mutants.
-
-    Parameters
-    ----------
-    planted : sequence of Planted
-        From `over_recorded_runs`.
-    """
+    """Tell for a terminal what became of the mutants."""
     lines = [f"{one.experiment}: {one.turned:,} of {one.mutants:,} turned" for one in planted]
-    lines += [f"survived: {one.experiment}: {words}" for one in planted for words in one.survivors]
     for one in planted:
         lines += [f"survived: {one.experiment}: {words}" for words in one.survivors]
         lines += [f"never held: {one.experiment}: {words}" for words in one.never_held]

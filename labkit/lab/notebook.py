@@ -80,6 +80,9 @@ class Outcome:
 class Investigation:
     """The thread that runs through one notebook.
 
+    `measure` and `load` answer a run, or None where there is none; whatever takes a run then does
+    nothing.
+
     Parameters
     ----------
     name : str
@@ -234,15 +237,7 @@ class Investigation:
         return run
 
     def tabulate(self, run: Run | None, table: Callable[[Run], pd.DataFrame]) -> None:
-        """Show a table that is made from a run.
-
-        Parameters
-        ----------
-        run : Run or None
-            From `measure` or `load`; nothing is shown for None.
-        table : callable
-            Takes the run.
-        """
+        """Show a table that is made from a run."""
         if run is None:
             return
         try:
@@ -254,15 +249,7 @@ class Investigation:
             _show(rows.to_html(index=False, border=0), rows.to_string(index=False))
 
     def show(self, run: Run | None, table: str) -> None:
-        """Show one table of a run, at most its first twenty rows.
-
-        Parameters
-        ----------
-        run : Run or None
-            From `measure`; nothing is shown for None.
-        table : str
-            Its name in the run.
-        """
+        """Show one table of a run, at most its first twenty rows."""
         if run is None:
             return
         try:
@@ -321,13 +308,7 @@ class Investigation:
         _show_picture(as_png(figures.draw(drawing, newest)), about)
 
     def conclude(self, run: Run | None) -> None:
-        """Judge the run and show its finding; `assert_findings` demands it later.
-
-        Parameters
-        ----------
-        run : Run or None
-            From `measure`; None was dealt with there.
-        """
+        """Judge the run and show its finding; `assert_findings` demands it later."""
         if run is None:
             return
         subject = find(run.experiment)

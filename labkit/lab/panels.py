@@ -143,13 +143,7 @@ class LivePanel:
 
 
 def live_panel(runs_folder: Path = RUNS) -> LivePanel:
-    """Make a `LivePanel` and show it.
-
-    Parameters
-    ----------
-    runs_folder : Path
-        Where its runs are saved.
-    """
+    """Make a `LivePanel` and show it."""
     panel = LivePanel(runs_folder)
     panel.show()
     return panel

@@ -190,14 +190,8 @@ class Parts(Closing):
 def place_of(folder: Path, experiment: str, profile: str, parameters: Mapping[str, Any]) -> Path:
     """Where the parts of a measurement are kept.
 
-    Parameters
-    ----------
-    folder : Path
-        Folder of runs.
-    experiment, profile : str
-        What is measured.
-    parameters : mapping
-        Its parameters, JSON values.
+    ``parameters`` are those of the measurement, of that ``profile`` of the ``experiment``, in a
+    ``folder`` of runs.
     """
     text = json.dumps([profile, parameters], sort_keys=True)
     name = f"{experiment}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -207,14 +201,7 @@ def place_of(folder: Path, experiment: str, profile: str, parameters: Mapping[st
 def waiting(folder: Path, experiment: str, profile: str, parameters: Mapping[str, Any]) -> int:
     """How many parts of a measurement are kept, so that it can be continued.
 
-    Parameters
-    ----------
-    folder : Path
-        Folder of runs.
-    experiment, profile : str
-        What is measured.
-    parameters : mapping
-        Its parameters, JSON values.
+    It is named by ``folder``, ``experiment``, ``profile`` and ``parameters`` as for `place_of`.
     """
     return len(_kept(place_of(folder, experiment, profile, parameters)))
 
@@ -222,17 +209,7 @@ def waiting(folder: Path, experiment: str, profile: str, parameters: Mapping[str
 def forget_all(folder: Path, tell: Callable[[str], None]) -> int:
     """Remove the parts of all unfinished runs that nobody is measuring.
 
-    Parameters
-    ----------
-    folder : Path
-        Folder of runs.
-    tell : callable
-        Gets a sentence for each.
-
-    Returns
-    -------
-    int
-        How many were removed.
+    ``tell`` gets a sentence for each; answers how many were removed.
     """
     removed = 0
     for place in sorted((folder / UNFINISHED).glob("*")):

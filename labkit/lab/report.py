@@ -34,6 +34,7 @@ from labkit.lab.notebook_page import Section, sections
 from labkit.lab.notebook_page import body as notebook_body
 from labkit.lab.pages import render
 from labkit.runs import PARTIAL, PROFILES, REPLACED
+from labkit.runs.disk import put_in_place
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 """The notebooks of the checkout, with their parameters in ``params/<profile>.yaml``."""
@@ -171,7 +172,8 @@ def make_report(
             _write_index(
                 pages, ledger if shown else None, profile, time.monotonic() - begun, partial
             )
-            _publish(partial, folder)
+            with _locked(folder.parent):
+                put_in_place(partial, folder)
     except OSError as error:
         raise ReportFailed(
             f"The report could not be written in {folder} ({error.strerror or error}); free some "
@@ -411,15 +413,7 @@ def _building(folder: Path) -> Iterator[Path]:
 def sweep(folder: Path) -> int:
     """Remove the unfinished folders that killed reports left beside a report's folder.
 
-    Parameters
-    ----------
-    folder : Path
-        As given to `make_report`.
-
-    Returns
-    -------
-    int
-        How many there were.
+    ``folder`` is as given to `make_report`; answers how many there were.
 
     Raises
     ------
@@ -455,21 +449,6 @@ def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         os.close(held)
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """Put a complete report in place; a failure leaves the older one there."""
-    with _locked(folder.parent):
-        old = folder.with_name(f"{REPLACED}{folder.name}-{os.getpid()}")
-        if folder.exists():
-            folder.rename(old)
-        try:
-            partial.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _counted(pages: list[_Page]) -> dict[str, int]:

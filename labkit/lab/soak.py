@@ -43,10 +43,7 @@ _BLOCKS: Final = 64
 def load(folder: Path) -> Iterator[None]:
     """Two busy loops and a writer to the disk, while the block lasts.
 
-    Parameters
-    ----------
-    folder : Path
-        Where it writes, over and over, 64 MiB.
+    It writes 64 MiB into the folder, over and over.
     """
     with ExitStack() as stack:
         for _ in range(_BUSY_LOOPS):
@@ -71,13 +68,7 @@ def _write_on(path: Path) -> None:
 
 
 def by_times(experiment: Experiment) -> bool:
-    """Whether an experiment, or a claim that rests on it, decides by times or rates.
-
-    Parameters
-    ----------
-    experiment : Experiment
-        From the catalogue.
-    """
+    """Whether an experiment, or a claim that rests on it, decides by times or rates."""
     stated = [one.holds for one in experiment.statements]
     stated += [case.holds for claim in claims.read() for case in claim.cases
                if case.experiment == experiment.id]  # fmt: skip
@@ -130,17 +121,9 @@ def soak(
 def summary(run: Run) -> pd.DataFrame:
     """Count the decisions of a soak.
 
-    Parameters
-    ----------
-    run : Run
-        From `soak`.
-
-    Returns
-    -------
-    DataFrame
-        One row for each experiment and condition, and one for all together in each: ``experiment``,
-        ``condition``, ``decisions``, and how many of them were ``as recorded``, ``undecided``,
-        ``wrong``, ``error``.
+    One row for each experiment and condition, and one for all together in each: ``experiment``,
+    ``condition``, ``decisions``, and how many of them were ``as recorded``, ``undecided``,
+    ``wrong``, ``error``.
     """
     decisions = run.table("decisions")
     every = pd.concat([decisions, decisions.assign(experiment="all")])
@@ -155,13 +138,7 @@ def summary(run: Run) -> pd.DataFrame:
 
 
 def as_text(run: Run) -> str:
-    """Tell a soak for a terminal: the counts, then what came out otherwise, by name.
-
-    Parameters
-    ----------
-    run : Run
-        From `soak`.
-    """
+    """Tell a soak for a terminal: the counts, then what came out otherwise, by name."""
     decisions = run.table("decisions")
     lines = [summary(run).to_string(index=False)]
     for _, row in decisions[decisions["came_to"] != AS_RECORDED].iterrows():

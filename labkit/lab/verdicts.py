@@ -1,6 +1,8 @@
 """The ledger of claims for a reader: as text, as JSON, as the report's front page and its pages.
 
-What is judged, and by what, is :mod:`labkit.judge.claims`; here it is only told.
+What is judged, and by what, is :mod:`labkit.judge.claims`; here it is only told. A ``ledger`` is
+what `evaluate` answers; ``sections`` are the places where an experiment and its figure are shown,
+by its id.
 """
 
 from __future__ import annotations
@@ -24,15 +26,8 @@ _KEY: Final = ("1.1", "1.2", "1.3", "1.6", "3.1a")  # what a reader in a hurry w
 def evaluate(fresh: Path | None) -> Ledger:
     """Judge the article's claims by the recorded runs and those of a folder.
 
-    Parameters
-    ----------
-    fresh : Path or None
-        Folder of runs that were measured here; None leaves it at the recorded ones.
-
-    Returns
-    -------
-    Ledger
-        Its `changes` say which cases the fresh runs decide otherwise.
+    ``fresh`` is a folder of runs that were measured here; None leaves it at the recorded ones. The
+    `Ledger.changes` say which cases the fresh runs decide otherwise.
 
     Raises
     ------
@@ -48,15 +43,7 @@ def evaluate(fresh: Path | None) -> Ledger:
 def as_text(ledger: Ledger) -> str:
     """Tell the verdicts for a terminal.
 
-    Parameters
-    ----------
-    ledger : Ledger
-        From `evaluate`.
-
-    Returns
-    -------
-    str
-        Counts, then each claim with what decided, then what changed.
+    Counts, then each claim with what decided, then what changed.
     """
     if not ledger.kernels:
         return "There is no run of any experiment, and so there are no verdicts."
@@ -89,11 +76,6 @@ def as_text(ledger: Ledger) -> str:
 
 def as_json(ledger: Ledger) -> dict[str, Any]:
     """Tell the verdicts for scripts.
-
-    Parameters
-    ----------
-    ledger : Ledger
-        From `evaluate`.
 
     Returns
     -------
@@ -157,38 +139,20 @@ class Shown:
 
 
 def counts(ledger: Ledger) -> Shown:
-    """Tell how many claims have which verdict, kernel by kernel.
-
-    Parameters
-    ----------
-    ledger : Ledger
-        From `evaluate`.
-    """
+    """Tell how many claims have which verdict, kernel by kernel."""
     html = render("counts.html", ledger=ledger, counts=ledger.counts(), words=WORDS)
     return Shown(html, _counts_text(ledger))
 
 
 def published(ledger: Ledger) -> Shown:
-    """Tell the article's figures of chapter 5 beside ours.
-
-    Parameters
-    ----------
-    ledger : Ledger
-        From `evaluate`.
-    """
+    """Tell the article's figures of chapter 5 beside ours."""
     rows = claims.beside(ledger)
     html = rows.to_html(index=False, border=0, na_rep="")
     return Shown(html, rows.to_string(index=False))
 
 
 def differences(ledger: Ledger) -> Shown:
-    """Tell side by side what came to something else on one kernel than on another.
-
-    Parameters
-    ----------
-    ledger : Ledger
-        From `evaluate`.
-    """
+    """Tell side by side what came to something else on one kernel than on another."""
     rows = [
         (f"{claim.id}, {outcomes[0].case.when or claim.says}", outcomes)
         for claim in ledger.differing()
@@ -260,17 +224,7 @@ def opening(ledger: Ledger) -> str:
 def all_claims(ledger: Ledger, sections: Mapping[str, str]) -> str:
     """Make the report's page of all claims.
 
-    Parameters
-    ----------
-    ledger : Ledger
-        From `evaluate`.
-    sections : mapping
-        Where an experiment and its figure are shown, by its id.
-
-    Returns
-    -------
-    str
-        HTML that loads nothing; its script filters and sorts the table, which is whole without.
+    It loads nothing; its script filters and sorts the table, which is whole without.
     """
     chapters = dict.fromkeys((claim.id.split(".")[0], claim.chapter) for claim in ledger.claims)
     return render(
@@ -285,13 +239,7 @@ def all_claims(ledger: Ledger, sections: Mapping[str, str]) -> str:
 
 
 def page_name(claim: Claim) -> str:
-    """Name the page of a claim.
-
-    Parameters
-    ----------
-    claim : Claim
-        One of `Ledger.wrong`.
-    """
+    """Name the page of a claim."""
     return f"claim-{claim.id}.html"
 
 

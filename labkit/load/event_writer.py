@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import time
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy.typing as npt
 
 from labkit.errors import BadInput, TimedOut
 from labkit.kernel import programs
-from labkit.kernel.closing import Closing
+from labkit.kernel.closing import Holding
 from labkit.kernel.libbpf import MapFlag, MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.ringbuf import wakeup_constants
@@ -59,7 +58,7 @@ _RUNS = 2_000  # program runs between two reads of the clock: some 0.1 ms
 _LATE_NS = 10_000_000_000
 
 
-class EventWriter(Closing):
+class EventWriter(Holding):
     """The program of bpf/event_writer.bpf.c, bound to a map, a channel and a script.
 
     Parameters
@@ -94,7 +93,7 @@ class EventWriter(Closing):
     script : numpy.ndarray
         The script as it stands in the kernel, live: operations done have their times.
     control : numpy.ndarray
-        One row of `CONTROL`, live: the writer's progress.
+        One row of `CONTROL`, live: the writer's progress. Both stay as they are when it is closed.
 
     Raises
     ------
@@ -149,14 +148,13 @@ class EventWriter(Closing):
             raise BadInput(f"lose_every is a number of events, not {lose_every}.")
         options = {"LOCKED": int(locked), "WATCHED": int(watched), "LOSE_EVERY": lose_every}
         constants |= {name: number for name, number in options.items() if number}
-        self._open = ExitStack()
         self._maps: list[Map] = []
-        try:
+        with self._opening() as opened:
             self.script = self._shared(OPERATION, len(script))
             self.control = self._shared(CONTROL, 1)
             self.script[:] = script
             self.control["round_ns"], self.control["round_versions"] = round_ns, round_versions
-            unit = self._open.enter_context(
+            unit = opened.enter_context(
                 programs.load(
                     "event_writer",
                     TABLE_FD=table.fd,
@@ -171,9 +169,6 @@ class EventWriter(Closing):
                 )
             )
             self._program = unit.program("write_next")
-        except BaseException:
-            self.close()
-            raise
 
     def _shared(self, dtype: np.dtype[Any], rows: int) -> npt.NDArray[Any]:
         """An array map, and its memory in ours, which goes with the last view of it."""
@@ -222,10 +217,6 @@ class EventWriter(Closing):
     def stop(self) -> None:
         """End a `write` that another process, forked after this writer was made, is in."""
         self.control["limit"] = 0
-
-    def close(self) -> None:
-        """Unload the program; safe to call twice. ``script`` and ``control`` stay as they are."""
-        self._open.close()
 
 
 def updates(

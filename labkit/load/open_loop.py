@@ -133,17 +133,8 @@ class OpenLoopWriter:
 def next_poll(moment: int, period_ns: int) -> int:
     """Wait for the next poll of a follower; one that is late skips those that it has missed.
 
-    Parameters
-    ----------
-    moment : int
-        When the poll before this one was due, CLOCK_MONOTONIC nanoseconds.
-    period_ns : int
-        Between two polls.
-
-    Returns
-    -------
-    int
-        When this one was due.
+    ``moment`` is when the poll before this one was due, CLOCK_MONOTONIC nanoseconds, and
+    ``period_ns`` lies between two polls; answers when this one was due.
     """
     late = time.monotonic_ns() - moment
     moment += max(1, -(-late // period_ns)) * period_ns

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import mmap
 import time
-from contextlib import ExitStack
 
 import numpy as np
 
 from labkit.errors import BadInput, TimedOut
 from labkit.kernel import programs
-from labkit.kernel.closing import Closing
+from labkit.kernel.closing import Holding
 from labkit.kernel.libbpf import MapFlag, MapKind
 from labkit.kernel.maps import Map
 from labkit.sync.ring_events import Channel
@@ -37,7 +36,7 @@ _RUNS = 1_000  # program runs between two reads of the clock: some 5 ms at most
 _LATE_NS = 10_000_000_000
 
 
-class SteadyWriter(Closing):
+class SteadyWriter(Holding):
     """The program of bpf/steady_writer.bpf.c, bound to a map and a channel; a context manager.
 
     It wakes nobody: its follower polls by a timer.
@@ -53,7 +52,7 @@ class SteadyWriter(Closing):
     Attributes
     ----------
     control : numpy.ndarray
-        One row of `CONTROL`, live: the writer's progress.
+        One row of `CONTROL`, live: the writer's progress. It stays as it is when this is closed.
 
     Raises
     ------
@@ -78,15 +77,14 @@ class SteadyWriter(Closing):
     def __init__(self, table: Map, channel: Channel) -> None:
         if table.kind != MapKind.ARRAY or table.value_dtype != np.dtype("u8"):
             raise BadInput(f"This writer wants an array of u8, not {table!r}.")
-        self._open = ExitStack()
-        try:
-            control = self._open.enter_context(
+        with self._opening() as opened:
+            control = opened.enter_context(
                 Map.create(
                     MapKind.ARRAY, key="u4", value=CONTROL, max_entries=1, flags=MapFlag.MMAPABLE
                 )
             )
             self.control = np.frombuffer(mmap.mmap(control.fd, mmap.PAGESIZE), CONTROL, count=1)
-            unit = self._open.enter_context(
+            unit = opened.enter_context(
                 programs.load(
                     "steady_writer",
                     TABLE_FD=table.fd,
@@ -98,9 +96,6 @@ class SteadyWriter(Closing):
                 )
             )
             self._program = unit.program("write_due")
-        except BaseException:
-            self.close()
-            raise
 
     def write(self, changes: int, *, per_second: int, start_ns: int | None = None) -> None:
         """Write evenly, on the CPU of this thread.
@@ -133,7 +128,3 @@ class SteadyWriter(Closing):
             self._program.test_run(repeat=_RUNS)
             if time.monotonic_ns() > deadline:
                 raise TimedOut("The writer fell ten seconds behind: the machine is overloaded.")
-
-    def close(self) -> None:
-        """Unload the program; safe to call twice. ``control`` stays as it is."""
-        self._open.close()

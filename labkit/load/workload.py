@@ -10,7 +10,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from labkit.errors import BadInput, TimedOut
 from labkit.kernel import libbpf
-from labkit.kernel.closing import Closing
+from labkit.kernel.closing import Holding
 from labkit.kernel.libbpf import MapKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, ahead_of_others, another_cpu, shared_array
@@ -88,7 +88,7 @@ class Trace:
         return len(self.key)
 
 
-class Load(Closing):
+class Load(Holding):
     """A map, a channel and a writer that can be run again and again; a context manager.
 
     Parameters
@@ -125,25 +125,16 @@ class Load(Closing):
     ) -> None:
         value = _value(value_bytes)
         self._keys, self._version, self._most = keys, 1, most_operations
-        self._open = ExitStack()
-        try:
-            self.table = self._open.enter_context(
+        script = updates(keys, rounds=-(-most_operations // keys))
+        with self._opening() as opened:
+            self.table = opened.enter_context(
                 Map.create(MapKind.HASH, key="u8", value=value, max_entries=keys, name="followed")
             )
-            self.channel = channel or self._open.enter_context(Channel.create(ring_bytes))
-            rounds = -(-most_operations // keys)
-            self._writer = self._open.enter_context(
-                EventWriter(
-                    self.table,
-                    self.channel,
-                    updates(keys, rounds),
-                    wakeup=wakeup,
-                    wakeup_at=wakeup_at,
-                )
+            self.channel = channel or opened.enter_context(Channel.create(ring_bytes))
+            writer = EventWriter(
+                self.table, self.channel, script, wakeup=wakeup, wakeup_at=wakeup_at
             )
-        except BaseException:
-            self.close()
-            raise
+            self._writer = opened.enter_context(writer)
 
     def run(
         self, strategy: Strategy, *, rate: float, seconds: float, writer: str = "program"
@@ -199,11 +190,7 @@ class Load(Closing):
                 start[0] = time.monotonic_ns() + _LEAD_NS + 200 * count  # for its preparations
                 write_by_calls(self.table, order, order["due_ns"] + start[0], times, progress)
 
-        with undisturbed(), Child(write, cpu=another_cpu(0)) as child:
-            os.sched_setaffinity(0, {another_cpu(1)})
-            _await(lambda: int(start[0]) > 0, child)
-            news, cpu_ns, wall_ns = _follow(strategy, lambda: int(progress[0]) >= count, child)
-            child.result(_SETTLE_S)
+        news, cpu_ns, wall_ns = _followed(strategy, write, start, progress, count)
         if writer == "program":
             order["start_ns"], order["end_ns"] = (
                 script["start_ns"][:count],
@@ -247,12 +234,8 @@ class Load(Closing):
         values = words.view(self.table.value_dtype)[:, 0]
         self.table.update_many(np.arange(self._keys, dtype=np.uint64), values)
 
-    def close(self) -> None:
-        """Free map, channel and writer; safe to call twice."""
-        self._open.close()
 
-
-class Generations(Closing):
+class Generations(Holding):
     """A table that is published whole, and a process that publishes; a context manager.
 
     A write is a switch (`labkit.sync.double_map.DoubleMapWriter.publish`): it makes a map, fills
@@ -277,14 +260,10 @@ class Generations(Closing):
     def __init__(self, value_bytes: int, *, keys: int) -> None:
         self.layout = Layout("u8", _value(value_bytes), keys)
         self._keys = np.arange(keys, dtype=np.uint64)
-        self._open = ExitStack()
-        try:
-            self.outer = self._open.enter_context(self.layout.outer())
+        with self._opening() as opened:
+            self.outer = opened.enter_context(self.layout.outer())
             self._writer = DoubleMapWriter(self.outer, self.layout)
             self._version = self._publish(0)
-        except BaseException:
-            self.close()
-            raise
 
     def _publish(self, expected: int) -> int:
         words = np.full((len(self._keys), np.dtype(self.layout.value).itemsize // 8), expected + 1)
@@ -329,11 +308,7 @@ class Generations(Closing):
                 times[i, 1] = time.monotonic_ns()
             progress[0] = switches
 
-        with undisturbed(), Child(write, cpu=another_cpu(0)) as child:
-            os.sched_setaffinity(0, {another_cpu(1)})
-            _await(lambda: int(start[0]) > 0, child)
-            news, cpu_ns, wall_ns = _follow(strategy, lambda: int(progress[0]) >= switches, child)
-            child.result(_SETTLE_S)
+        news, cpu_ns, wall_ns = _followed(strategy, write, start, progress, switches)
         self._version = before + switches
         version = np.arange(before + 1, self._version + 1, dtype=np.uint64)
         of_each = seen_at(
@@ -355,10 +330,6 @@ class Generations(Closing):
             mixed=mixed_reads(news, keys, before),
             changes=keys,
         )
-
-    def close(self) -> None:
-        """Free the maps; safe to call twice."""
-        self._open.close()
 
 
 @dataclass(frozen=True)
@@ -385,7 +356,7 @@ class Flow:
         return self.changes / self.span_ns * 1e9
 
 
-class Stream(Closing):
+class Stream(Holding):
     """An array map and the fastest writer there is; a context manager.
 
     A `Load` takes down the times of every change. Its writer spends most of its time on that, and
@@ -407,16 +378,12 @@ class Stream(Closing):
     """
 
     def __init__(self, *, keys: int, ring_bytes: int, channel: Channel | None = None) -> None:
-        self._open = ExitStack()
-        try:
-            self.table = self._open.enter_context(
+        with self._opening() as opened:
+            self.table = opened.enter_context(
                 Map.create(MapKind.ARRAY, key="u4", value="u8", max_entries=keys, name="followed")
             )
-            self.channel = channel or self._open.enter_context(Channel.create(ring_bytes))
-            self._writer = self._open.enter_context(SteadyWriter(self.table, self.channel))
-        except BaseException:
-            self.close()
-            raise
+            self.channel = channel or opened.enter_context(Channel.create(ring_bytes))
+            self._writer = opened.enter_context(SteadyWriter(self.table, self.channel))
 
     def run(self, strategy: Strategy, *, rate: float, changes: int) -> Flow:
         """Write at a rate, follow, and wait until the follower has come to rest.
@@ -447,16 +414,8 @@ class Stream(Closing):
             start[0] = time.monotonic_ns() + _LEAD_NS
             self._writer.write(changes, per_second=round(rate), start_ns=int(start[0]))
 
-        with undisturbed(), Child(write, cpu=another_cpu(0)) as child:
-            os.sched_setaffinity(0, {another_cpu(1)})
-            _await(lambda: int(start[0]) > 0, child)
-            _follow(strategy, lambda: int(control["done"][0]) >= changes, child)
-            child.result(_SETTLE_S)
+        _followed(strategy, write, start, control["done"], changes)
         return Flow(changes, int(control["end_ns"][0] - start[0]), strategy.stats())
-
-    def close(self) -> None:
-        """Free map, channel and writer; safe to call twice."""
-        self._open.close()
 
 
 def _value(value_bytes: int) -> npt.DTypeLike:
@@ -590,14 +549,30 @@ def median_ns(call: Callable[[], object]) -> float:
     return float(np.median(taken))
 
 
-def _await(ready: Callable[[], bool], child: Child) -> None:
-    deadline = time.monotonic() + _SETTLE_S
-    while not ready():
-        if child.ended():
-            child.result(0.1)  # it says why
-        if time.monotonic() > deadline:
-            raise TimedOut("The writer did not begin.")
-        time.sleep(0.0005)
+def _followed(
+    strategy: Strategy,
+    write: Callable[[], None],
+    start: npt.NDArray[np.uint64],
+    progress: npt.NDArray[np.uint64],
+    count: int,
+) -> tuple[list[Changes], int, int]:
+    """Write in a child, and follow until all is done and nothing more comes.
+
+    The child sets ``start`` when it begins, and ``progress`` becomes ``count`` when it is done.
+    Answers what came, and the CPU and time that it took.
+    """
+    with undisturbed(), Child(write, cpu=another_cpu(0)) as child:
+        os.sched_setaffinity(0, {another_cpu(1)})
+        deadline = time.monotonic() + _SETTLE_S
+        while not start[0]:
+            if child.ended():
+                child.result(0.1)  # it says why
+            if time.monotonic() > deadline:
+                raise TimedOut("The writer did not begin.")
+            time.sleep(0.0005)
+        followed = _follow(strategy, lambda: int(progress[0]) >= count, child)
+        child.result(_SETTLE_S)
+    return followed
 
 
 def _follow(

@@ -121,11 +121,6 @@ def record(run: Run, data: Path = RECORDED) -> Path:
 def load(path: Path) -> Run:
     """Read a run from its directory.
 
-    Parameters
-    ----------
-    path
-        A directory that `save` or `record` made.
-
     Raises
     ------
     BadRun
@@ -201,15 +196,7 @@ def recorded(experiment: str, *, profile: str, data: Path = RECORDED) -> list[Ru
 def described(path: Path) -> Mapping[str, object]:
     """Read what a run says of itself, without its tables.
 
-    Parameters
-    ----------
-    path
-        A directory that `save` or `record` made.
-
-    Returns
-    -------
-    mapping
-        ``run.json``: experiment, profile, parameters, provenance, and the rows of each table.
+    That is ``run.json``: experiment, profile, parameters, provenance, and the rows of each table.
 
     Raises
     ------
@@ -252,13 +239,7 @@ def described(path: Path) -> Mapping[str, object]:
 
 
 def natural(text: str) -> list[tuple[int, str]]:
-    """Return what to sort kernel releases by: 6.9 comes before 6.18.
-
-    Parameters
-    ----------
-    text
-        A release, or a series of them.
-    """
+    """Return what to sort kernel releases by: 6.9 comes before 6.18."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", text)]
 
 
@@ -312,7 +293,7 @@ def _write(run: Run, target: Path) -> None:
         text = json.dumps(meta, indent=1)
         (partial / "run.json").write_text(text + "\n", encoding="utf-8")
         _make_lasting(*partial.iterdir(), partial)
-        _replace(partial, target)
+        put_in_place(partial, target)
         made = takewhile(lambda one: one != there, target.absolute().parents)
         _make_lasting(*made, there)
     except OSError as error:
@@ -338,7 +319,7 @@ def _make_lasting(*paths: Path) -> None:
             os.close(opened)
 
 
-def _replace(partial: Path, target: Path) -> None:
+def put_in_place(partial: Path, target: Path) -> None:
     """Put a complete directory in the place of another; a failure leaves the other in place.
 
     Where the file system can, the two change places in one step, and whatever ends this process,

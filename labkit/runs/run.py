@@ -112,10 +112,7 @@ class Run:
     def derived(self, tables: Mapping[str, pd.DataFrame]) -> Run:
         """The run with tables that follow from its own; they are not saved.
 
-        Parameters
-        ----------
-        tables
-            By name; one that the run has already is replaced.
+        One that the run has already is replaced.
         """
         return replace(
             self,
@@ -238,7 +235,7 @@ class Triad:
         if not anomaly:
             raise BadInput("A triad needs the word for its anomaly, such as 'torn'.")
         self._anomaly = anomaly
-        self._rows: list[dict[str, object]] = []
+        self._rows: list[tuple[object, ...]] = []
 
     def add(
         self,
@@ -264,50 +261,29 @@ class Triad:
             Nanoseconds per operation; leave it out where not timed.
         anomaly
             Another word than the triad's, for a row in which something else goes wrong.
+        """
+        word = anomaly or self._anomaly
+        self._rows.append((variant, case, operations, anomalies, word, cost_ns))
+
+    def table(self) -> pd.DataFrame:
+        """Return the counts table.
 
         Raises
         ------
         BadInput
-            For an unknown variant, negative numbers, or more anomalies than operations.
+            A variant was never added, or is unknown; numbers are negative; there are more
+            anomalies than operations.
         """
-        operations, anomalies, cost_ns = int(operations), int(anomalies), float(cost_ns)
-        if variant not in VARIANTS:
-            raise BadInput(f"A variant is one of {', '.join(VARIANTS)}, not {variant!r}.")
-        where = f"{variant}, case {case!r}"
-        if operations < 0 or anomalies < 0:
-            raise BadInput(
-                f"Counts cannot be negative ({where}: {operations} operations, "
-                f"{anomalies} anomalies)."
-            )
-        if anomalies > operations:
-            raise BadInput(
-                f"{where} counts {anomalies} anomalies in {operations} operations; "
-                f"count each operation once."
-            )
-        if cost_ns < 0 or math.isinf(cost_ns):
-            raise BadInput(f"A cost is in nanoseconds, not {cost_ns} ({where}).")
-        self._rows.append(
-            {
-                "variant": variant,
-                "case": case,
-                "operations": operations,
-                "anomalies": anomalies,
-                "anomaly": anomaly or self._anomaly,
-                "cost_ns": cost_ns,
-            }
+        counts = pd.DataFrame(self._rows, columns=list(_COUNTS)).astype(
+            {name: kind for name, kind in _COUNTS.items() if kind != "text"}
         )
-
-    def table(self) -> pd.DataFrame:
-        """Return the counts table; BadInput when a variant was never added."""
-        missing = [v for v in VARIANTS if not any(row["variant"] == v for row in self._rows)]
-        if missing:
+        _check_counts(counts)
+        if missing := [one for one in VARIANTS if one not in set(counts["variant"])]:
             raise BadInput(
                 f"The counts lack the variant {' and '.join(missing)}; "
                 f"an experiment measures broken, control and fixed."
             )
-        return pd.DataFrame(self._rows, columns=list(_COUNTS)).astype(
-            {"operations": "int64", "anomalies": "int64", "cost_ns": "float64"}
-        )
+        return counts
 
 
 def check(run: Run) -> None:
@@ -356,8 +332,16 @@ def _check_counts(counts: pd.DataFrame) -> None:
     unknown = sorted(set(map(str, counts["variant"].unique())) - set(VARIANTS))
     if unknown:
         raise BadInput(f"A variant is one of {', '.join(VARIANTS)}, not {unknown[0]!r}.")
-    anomalies, operations = counts["anomalies"], counts["operations"]
-    if bool(((anomalies < 0) | (anomalies > operations)).any()):
-        raise BadInput("The counts have a row with negative anomalies or more than operations.")
+    anomalies, operations, cost = counts["anomalies"], counts["operations"], counts["cost_ns"]
+    for wrong, what in (
+        ((anomalies < 0) | (operations < 0), "are negative"),
+        (anomalies > operations, "are more than operations: count each operation once"),
+        ((cost < 0) | np.isinf(cost), "have a cost that is no number of nanoseconds"),
+    ):
+        for row in counts[wrong].to_dict("records"):
+            raise BadInput(
+                f"Counts {what} ({row['variant']}, case {row['case']!r}: {row['anomalies']:,} "
+                f"anomalies in {row['operations']:,} operations, {row['cost_ns']} ns each)."
+            )
 
 

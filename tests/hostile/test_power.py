@@ -26,7 +26,7 @@ def test_content_comes_before_the_name(
     if again:
         runs.record(run(), data)
     happened: list[str] = []
-    fsync, replace = os.fsync, disk._replace
+    fsync, replace = os.fsync, disk.put_in_place
 
     def named(partial: Path, target: Path) -> None:
         happened.append("named")
@@ -37,7 +37,7 @@ def test_content_comes_before_the_name(
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(disk, "_replace", named)
+    monkeypatch.setattr(disk, "put_in_place", named)
     target = runs.record(run(), data)
     at = happened.index("named")
     before, after = happened[:at], happened[at + 1 :]

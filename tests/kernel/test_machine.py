@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from labkit.inspect import machine
-from labkit.inspect.machine import Finding, diagnose_machine
+from labkit.inspect.machine import DiagnosedMap, diagnose_machine
 from labkit.kernel import objects, programs
 from labkit.kernel.libbpf import MapKind, ProgramKind
 from labkit.kernel.maps import Map
@@ -28,8 +28,8 @@ def full(table: Map) -> Map:
     return table
 
 
-def by_id() -> dict[int, Finding]:
-    return {one.map.id: one for one in diagnose_machine().findings}
+def by_id() -> dict[int, DiagnosedMap]:
+    return {one.map.id: one for one in diagnose_machine().maps}
 
 
 def test_one_look_finds_the_cause_and_lets_the_healthy_be() -> None:
@@ -84,7 +84,7 @@ def test_objects_are_listed_twice_at_the_most(monkeypatch: pytest.MonkeyPatch) -
 def test_when_time_is_up_the_rest_is_named() -> None:
     with full(made()) as table:
         nothing = diagnose_machine(most_seconds=0)
-        assert table.id in nothing.not_reached and not nothing.findings
+        assert table.id in nothing.not_reached and not nothing.maps
         assert "no time for maps" in " ".join(str(nothing).split())
 
 
@@ -92,7 +92,7 @@ def test_a_giant_is_not_counted_to_its_end(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(machine, "_LONGEST_S", 0.0)
     with made(room=1 << 18, kind=MapKind.ARRAY) as giant:
         seen = diagnose_machine()
-        (found,) = [one for one in seen.findings if one.map.id == giant.id]
+        (found,) = [one for one in seen.maps if one.map.id == giant.id]
         assert not found.whole and giant.id in seen.as_json()["not_counted"]
         assert "were not all counted" in " ".join(str(seen).split())
 
