@@ -17,7 +17,7 @@ $(foreach name,PROFILE MAP COMMAND LAB_PORT,$(if $(filter undefined,$(origin $(n
 	$(eval export override $(name) := $$(value $(name)))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report report-archive test lint lab bench-kernel bench-sync bench-load doctor list verdicts mutation soak soak-follow diagnose watch clean
+.PHONY: help setup report report-archive test lint lab bench-kernel bench-sync bench-load bench-watch doctor list verdicts mutation soak soak-follow diagnose watch clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -54,6 +54,9 @@ bench-sync: setup ## the strategies' own speed against its bars; exit status 5 i
 
 bench-load: setup ## what each command takes beside 10,000 maps, against its bars; exit status 0 if all hold
 	@$(ENTER) $(PYTHON) -m labkit bench load --profile "$$PROFILE"
+
+bench-watch: setup ## what watching adds to each update, against its bars and another tool's way; exit status 5 if one falls short
+	@$(ENTER) $(PYTHON) -m labkit bench watch --profile "$$PROFILE"
 
 doctor: setup ## what this kernel can do, by trying
 	@$(ENTER) $(PYTHON) -m labkit doctor

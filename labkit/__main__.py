@@ -696,7 +696,7 @@ def _parser() -> argparse.ArgumentParser:
     soak.add_argument("--folder", help="folder of runs (default: runs of the checkout)")
 
     bench = add("bench", _bench, "what the lab itself takes, against its bars; 5: one falls short")
-    bench.add_argument("benchmark", choices=("kernel", "sync", "load"))
+    bench.add_argument("benchmark", choices=("kernel", "sync", "load", "watch"))
     shared(bench)
 
     follow = add("soak-follow", _bench,

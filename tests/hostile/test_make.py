@@ -34,7 +34,7 @@ def test_nothing_given_is_run(form: str, tmp_path: Path) -> None:
     given = form.format(tmp_path / "made")
     for target in ("diagnose", "watch"):
         assert said(target, MAP=given) == f"<-m><labkit><{target}><{given}>"
-    for target in ("report", "bench-kernel", "bench-sync", "bench-load"):
+    for target in ("report", "bench-kernel", "bench-sync", "bench-load", "bench-watch"):
         assert said(target, PROFILE=given).endswith(f"<--profile><{given}>")
     assert not (tmp_path / "made").exists()
 

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.bench import bench_watch, watch_bars
 from labkit.errors import BadInput
 from labkit.judge.checkers import accounting
+from labkit.kernel.parallel import cpus
 from labkit.lab.measure import measure
 from labkit.load.workload import WRITERS, Generations, Load
 from labkit.sync.double_map import DoubleMap
@@ -125,3 +127,13 @@ def test_a_benchmark_that_was_killed_goes_on_with_what_it_had(tmp_path: Path) ->
     assert not cells.duplicated(["cell", "round"]).any()
     assert (cells["produced"] == cells["operations"]).all() and (cells["unseen"] == 0).all()
     assert set(run.table("floor")["round"]) == {0, 1}
+
+
+def test_each_way_to_watch_accounts_for_every_update() -> None:
+    table = bench_watch.updates(500, 1, writer_cpu=cpus()[0], watcher_cpu=cpus()[-1])
+    told = table.set_index("way")[["produced", "delivered", "dropped"]]
+    assert told["produced"].to_dict() == {
+        watch_bars.NOBODY: 0, watch_bars.WATCHED: 550, watch_bars.UNWATCHED: 0,
+        watch_bars.PEER: 1_100,
+    }  # fmt: skip
+    assert (told["delivered"] + told["dropped"] == told["produced"]).all()
