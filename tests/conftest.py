@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,8 @@ LACKS = "this kernel lacks "
 # hold some by a network namespace for as long as they run, which tells nobody whose they are.
 FREED_WITHIN_S = 30.0
 # These count how writers and readers meet on two CPUs, or ask much of the machine: one worker runs
-# all of them, one after another, before anything else; tests of other things run beside them.
+# all of them, one after another, before anything else. Tests of other things run beside them, and
+# give way to them.
 RACES = [
     Path(__file__).parent / name
     for name in (
@@ -48,6 +50,8 @@ RACES = [
         "hostile/test_soak.py",
     )
 ]
+
+USUAL_NICENESS = os.getpriority(os.PRIO_PROCESS, 0)
 
 Ids = frozenset[tuple[str, int]]
 
@@ -114,6 +118,12 @@ def pytest_runtest_makereport(
             report.outcome = "failed"
             report.longrepr = f"LABKIT_KERNEL_TESTS=1, so this skip is a failure: {reason}"
     return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    with suppress(PermissionError):  # a user's run beside others, and may then need more of a race
+        os.setpriority(os.PRIO_PROCESS, 0, USUAL_NICENESS - 10 * (item.path in RACES))
 
 
 @pytest.fixture
