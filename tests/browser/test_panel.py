@@ -223,7 +223,7 @@ def test_a_run_by_keyboard_and_nothing_left_when_the_kernel_is_killed(
     browser.until(
         lambda: "42" in browser.run("document.querySelectorAll('.jp-Cell')[5].textContent"),
         "a cell to run beside the panel",
-        within_s=5,
+        within_s=20,
     )
     assert family_named("labkit.lab.worker"), "it goes on"
 
@@ -256,8 +256,12 @@ def test_a_run_by_keyboard_and_nothing_left_when_the_kernel_is_killed(
     panel.press("Run", "Enter")
     panel.wait_for("message", "Running.", within_s=60)
     workers = family_named("labkit.lab.worker")
-    held = objects.snapshot().owned_by(workers)
-    assert held.maps and held.programs
+
+    def all_made() -> objects.Objects | None:
+        held = objects.snapshot().owned_by(workers)
+        return held if held.maps and held.programs else None
+
+    held = browser.until(all_made, "maps and programs of the worker", within_s=60)
     (kernel,) = family_named("ipykernel_launcher")
     os.kill(kernel, signal.SIGKILL)
     deadline = time.monotonic() + GONE_WITHIN_S

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,13 +158,14 @@ def test_a_recorded_run_is_replaced_in_one_step(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from labkit import runs\n"
         "one = runs.load(Path(sys.argv[1]))\n"
-        "while True: runs.record(one, Path(sys.argv[2]))"
+        "while True:\n"
+        "    runs.record(one, Path(sys.argv[2]))\n"
+        "    print('recorded', flush=True)"
     )
     command = [sys.executable, "-c", script, str(target), str(tmp_path)]
-    for wait_s in (0.4, 0.41, 0.42, 0.43, 0.44):
-        with subprocess.Popen(command) as recording:
-            try:
-                recording.wait(1 + wait_s)
-            except subprocess.TimeoutExpired:
-                recording.kill()
+    for wait_s in (0.0, 0.002, 0.005, 0.01, 0.02):  # one takes some ten milliseconds
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as recording:
+            assert recording.stdout is not None and recording.stdout.readline() == b"recorded\n"
+            time.sleep(wait_s)
+            recording.kill()
         assert runs.load(target).parameters == run().parameters

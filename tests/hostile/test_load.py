@@ -27,6 +27,7 @@ from labkit.runs import Run
 pytestmark = [
     pytest.mark.kernel,
     pytest.mark.usefixtures("kernel"),
+    pytest.mark.timeout(300),
     pytest.mark.outside_vm("takes minutes on an emulated CPU, and asks how the lab counts"),
 ]
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -184,17 +185,27 @@ def test_a_child_is_a_holder_and_of_the_family(closing: ExitStack) -> None:
         assert set(one.pids) == {os.getpid(), child.pid}
 
 
-def test_objects_that_vanish_meanwhile_are_no_error() -> None:
+def test_objects_that_vanish_meanwhile_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    vanished, read = 0, objects._read_map
+
+    def counted(*given: Any) -> objects.MapObject | None:
+        nonlocal vanished
+        found = read(*given)
+        vanished += found is None
+        return found
+
     def churn() -> None:
-        for _ in range(3000):
+        while True:
             with ExitStack() as closing:
                 make_program(closing, make_map(closing, "labkit_churn"))
 
+    monkeypatch.setattr(objects, "_read_map", counted)
+    deadline = time.monotonic() + 60
     with Child(churn) as child:
-        for _ in range(50):
-            found = snapshot()
-            assert all(one.id == identifier for identifier, one in found.maps.items())
-        child.result(60)
+        while vanished < 3:
+            assert not child.ended() and time.monotonic() < deadline
+            now = snapshot()
+            assert all(one.id == identifier for identifier, one in now.maps.items())
 
 
 def test_a_program_on_a_perf_event_is_attached_without_a_link(
