@@ -53,13 +53,13 @@ _WRONG_PORT = 9  # of bpf/peers/connect_load.c, for the process that fails
 _ENTRIES = 8_192  # of the map; so it takes nearly the memory of the ring
 _RING_PAGES = 256
 
-_ROOM = 6_144  # events that are on their way to the broker, at most
+_ROOM = 4_096  # events that are on their way to the broker, at most
 _CHUNK = 2_048  # events in a message, at most
 _MORE = 5  # times the usual rate while the broker stalls, so that the room is filled by then
-_PATIENCE_S = 0.05  # for room
 _EMPTY_READS = 3  # in a row, until the daemon reads everything again
-_TIMEOUT_MS = 5_000  # of a message; a stall is shorter than that, and asks for less
-_STALLED_TIMEOUT_MS = 400
+# For room, and of a message. Where the broker stalls, both end before the stall does.
+_PATIENCE_S, _TIMEOUT_MS = 0.5, 5_000
+_STALLED_PATIENCE_S, _STALLED_TIMEOUT_MS = 0.05, 400
 _READY, _ENDED = 0, 1  # what parent and child tell each other
 _BROKER_S, _DRAIN_S, _LOAD_S = 10.0, 15.0, 30.0
 
@@ -195,7 +195,8 @@ def _rows(tables: Tables) -> pd.DataFrame:
     statements=(
         Statement("every connection is delivered, or its loss is counted",
                   "all(rounds.produced == rounds.delivered + rounds.lost and rounds.produced > 0)"
-                  " and all(steps.produced == steps.delivered + steps.lost and steps.produced > 0)"),
+                  " and all(steps.produced == steps.delivered + steps.lost"
+                  " and steps.produced > 0)"),
         Statement("the program sees every call of the load",
                   "all(rounds.produced == rounds.made and rounds.made > 0)"
                   " and all(steps.produced == steps.made and steps.made > 0)"),
@@ -494,13 +495,15 @@ class _Pipeline:
     ----------
     broker : str
         Its address.
-    timeout_ms : int
-        Of a message, milliseconds.
+    stalls : bool
+        Whether it stalls: then waiting is given up early.
     spill : file, optional
         Takes what found no room or timed out; without it that is lost.
     """
 
-    def __init__(self, broker: str, timeout_ms: int, spill: IO[bytes] | None) -> None:
+    def __init__(self, broker: str, stalls: bool, spill: IO[bytes] | None) -> None:
+        self._patience_s = _STALLED_PATIENCE_S if stalls else _PATIENCE_S
+        timeout_ms = _STALLED_TIMEOUT_MS if stalls else _TIMEOUT_MS
         self._producer = _kafka().Producer(
             {"bootstrap.servers": broker, "linger.ms": 1, "message.timeout.ms": timeout_ms,
              "acks": 1, "log_level": 0, "reconnect.backoff.ms": 20, "reconnect.backoff.max.ms": 50,
@@ -522,7 +525,7 @@ class _Pipeline:
         before = self.no_room
         for first in range(0, len(events), _CHUNK):
             chunk = events[first : first + _CHUNK]
-            if self._offer(chunk, 0.0 if self._spill else _PATIENCE_S):
+            if self._offer(chunk, 0.0 if self._spill else self._patience_s):
                 continue
             self.no_room += 1
             if not self._spilled(chunk):
@@ -622,10 +625,10 @@ def _collect(
     period_ms: float,
 ) -> dict[str, Any]:
     """Collect until the load has ended and nothing is left; runs in a child."""
-    timeout_ms = _TIMEOUT_MS if case.variant == "control" else _STALLED_TIMEOUT_MS
+    stalls = case.variant != "control"
     notes = _Notes()
     with tempfile.TemporaryFile() as file:  # without a name: it is gone with this process
-        pipeline = _Pipeline(broker, timeout_ms, file if case.get("spill", False) else None)
+        pipeline = _Pipeline(broker, stalls, file if case.get("spill", False) else None)
         before = resource.getrusage(resource.RUSAGE_SELF)
         flags[_READY] = 1
         if case.way == "ring":
