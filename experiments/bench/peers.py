@@ -201,11 +201,32 @@ def _built(name: str) -> int:
             say(f"building the peer {GO}")
             program = go_program.build(SOURCES / "ring_peer.go", folder, modules=go_program.EBPF)
         else:
-            program = _built_by_gcc(SOURCES / "ring_peer.c", folder)
+            program = built_by_gcc(SOURCES / "ring_peer.c", folder)
         return os.open(program, os.O_RDONLY)
 
 
-def _built_by_gcc(source: Path, folder: Path) -> Path:
+def built_by_gcc(source: Path, folder: Path) -> Path:
+    """Build one of `SOURCES` that is in C.
+
+    Parameters
+    ----------
+    source : Path
+        The file.
+    folder : Path
+        Where the program is put.
+
+    Returns
+    -------
+    Path
+        The program.
+
+    Raises
+    ------
+    Unavailable
+        gcc is missing, or does not compile it.
+    TimedOut
+        It did not end.
+    """
     program = folder / source.stem
     command = ["gcc", "-O2", "-o", str(program), str(source), "-lbpf"]
     try:

@@ -26,6 +26,7 @@ FAMILIES = {
     "concurrency": "Lost, torn and skipped",
     "value-size": "Truncated and overrun",
     "sync": "Ways to keep a copy in sync",
+    "production": "Stories from production",
     "go": "The Go side",
 }
 """The families in the order of the notebooks, with their titles."""

@@ -35,6 +35,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "hybrid-idle-only": {"seconds": 0.5},
     "go-map": {"processes": 3},
     "nested-update": {"insertions": 5_000},
+    "two-collectors": {"processes": 20, "stall_s": 1.8},
 }
 
 

@@ -55,7 +55,7 @@ KNOWN = {
     "4.1": DEPENDS, "4.2a": FALSE, "4.2b": DEPENDS, "4.3a": FALSE, "4.3b": DEPENDS,
     "4.4a": FALSE, "4.4b": DEPENDS, "4.4c": DEPENDS, "4.4d": TRUE, "4.4e": UNTESTABLE,
     "4.4f": FALSE,
-    "5.1": FALSE, "5.2a": FALSE, "5.2b": TRUE, "5.2c": UNTESTABLE, "5.2d": FALSE, "5.3": TRUE,
+    "5.1": FALSE, "5.2a": FALSE, "5.2b": DEPENDS, "5.2c": UNTESTABLE, "5.2d": FALSE, "5.3": TRUE,
     "5.4": TRUE, "5.5": DEPENDS, "5.6": FALSE, "5.7": FALSE, "5.8": UNTESTABLE,
     "5.9": UNTESTABLE,
 }  # fmt: skip

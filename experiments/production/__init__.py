@@ -1,0 +1,1 @@
+"""Stories from production, run on one machine: the systems of the article's last chapter."""
