@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from labkit.judge.claims import Ledger
@@ -61,6 +62,9 @@ def pytest_configure() -> None:
         raise pytest.UsageError(f"LABKIT_KERNEL_TESTS must be unset, 0 or 1, not {STATE!r}.")
     # A shell that runs the tests in its background has it ignored, for all that they start as well.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # How long an example takes says something of the machine's other load.
+    settings.register_profile("lab", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("lab")
 
 
 def pytest_report_header() -> str:

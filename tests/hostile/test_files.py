@@ -112,9 +112,7 @@ def test_a_run_comes_back_with_its_texts(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(loaded.tables["rounds"], run().tables["rounds"])
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_byte_that_is_changed_is_noticed(data: st.DataObject, tmp_path: Path) -> None:
     path = runs.save(run(), tmp_path)

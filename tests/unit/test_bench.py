@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.across.strategies import beside_the_article, by_need, choices, measured
@@ -88,7 +88,6 @@ def test_the_matrix_varies_each_axis_for_every_strategy_that_has_it() -> None:
     assert {cell.wakeup for cell in cells if cell.strategy == "events"} == {"default", *WAKEUPS}
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_seen_is_the_first_sight_of_that_version_or_a_newer_one(data: st.DataObject) -> None:
     keys, rounds, first = 3, 4, 7
@@ -110,7 +109,6 @@ def test_seen_is_the_first_sight_of_that_version_or_a_newer_one(data: st.DataObj
         assert seen[i] == min(moments, default=0)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_key_is_behind_from_a_commit_until_it_or_a_newer_one_is_seen(data: st.DataObject) -> None:
     keys, rounds = 3, 4

@@ -51,7 +51,7 @@ def read(raw: bytes, most: int = 24) -> int:
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_bytes_are_refused_or_read(raw: bytes) -> None:
     read(raw)
 
@@ -84,7 +84,7 @@ def one_type(draw: st.DrawFn) -> tuple[int, int, int, tuple[int, ...]]:
 
 
 @given(st.lists(one_type(), min_size=1, max_size=12))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_types_that_contradict_themselves_or_each_other(
     types: list[tuple[int, int, int, tuple[int, ...]]],
 ) -> None:
@@ -92,7 +92,7 @@ def test_types_that_contradict_themselves_or_each_other(
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_sound_blob_of_which_some_bytes_were_changed(data: st.DataObject) -> None:
     raw = bytearray(SOUND)
     for _ in range(data.draw(st.integers(1, 6))):

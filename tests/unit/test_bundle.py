@@ -169,9 +169,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
             bundle.read(str(tmp_path / name))
 
 
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_read(data: st.DataObject, tmp_path: Path) -> None:
     content = bytearray(gzip.decompress(archive(DOCUMENTS)))

@@ -190,7 +190,7 @@ def naive_lost(history: History, final: dict[int, int]) -> list[bool]:
     ids=["stale", "t", "unwritten", "non-monotonic", "first-seen", "missed"],
 )
 @given(history=histories())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_checker_equals_its_definition(
     checker: Callable[[History], Any], oracle: Callable[[History], list[Any]], history: History
 ) -> None:
@@ -198,7 +198,7 @@ def test_checker_equals_its_definition(
 
 
 @given(history=histories(), final=st.dictionaries(st.integers(0, 3), st.integers(0, 6)))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_lost_equals_its_definition(history: History, final: dict[int, int]) -> None:
     answer = checkers.lost(
         history,
@@ -209,7 +209,7 @@ def test_lost_equals_its_definition(history: History, final: dict[int, int]) -> 
 
 
 @given(history=histories())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_visibility_counts_every_read_that_can_miss_something(history: History) -> None:
     edges = [0, 1, 3, 8, 30]
     expected = [[0, 0] for _ in edges[1:]]
@@ -297,7 +297,7 @@ def clean(rng: np.random.Generator, changes: int, reads: int, keys: int = 3) -> 
 
 
 @given(clean_histories())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_clean_histories_are_silent(history: History) -> None:
     reads = history["op"] == Op.READ
     for checker in (
@@ -311,7 +311,6 @@ def test_clean_histories_are_silent(history: History) -> None:
 
 
 @given(clean_histories(), st.data())
-@settings(deadline=None)
 def test_a_planted_stale_read_is_found(history: History, data: st.DataObject) -> None:
     history = history.copy()
     history["op"][history["op"] == Op.DELETE] = Op.WRITE

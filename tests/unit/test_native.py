@@ -171,7 +171,7 @@ def same_rows(ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> None:
 
 
 @needs_native
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(key=st.sampled_from(KEYS), value=st.sampled_from(VALUES), steps=history, few=st.booleans())
 def test_both_hold_the_same_after_each_step(key: Any, value: Any, steps: Any, few: bool) -> None:
     few_rows = mock.patch.multiple(
@@ -184,7 +184,7 @@ def test_both_hold_the_same_after_each_step(key: Any, value: Any, steps: Any, fe
 
 
 @needs_native
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(key=st.sampled_from(KEYS), count=st.integers(0, 3_000), seed=st.integers(0, 99))
 def test_both_load_and_grow_alike(key: Any, count: int, seed: int) -> None:
     dtype, rng = np.dtype(key), np.random.default_rng(seed)
@@ -286,7 +286,7 @@ reads = st.lists(
 
 
 @needs_native
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     payload=st.sampled_from([1, 8, 12, 16, 24, 32, 48, 100]),
     start=st.integers(0, 3 * CAPACITY // 8),
@@ -316,7 +316,7 @@ def test_both_read_a_ring_alike(
 
 
 @needs_native
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     payload=st.sampled_from([1, 8, 12, 32, 100]), start=st.integers(0, 3 * CAPACITY // 8),
     sent=records,
@@ -388,7 +388,7 @@ class FakeFollower(RingEvents):
 
 
 @needs_native
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     batches=st.lists(
         st.lists(
@@ -458,7 +458,7 @@ class WholeFollower(FakeFollower):
 
 
 @needs_native
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     batches=st.lists(
         st.lists(

@@ -96,7 +96,7 @@ def test_any_bytes_are_read_in_few_steps(raw: bytes, at: int) -> None:
         assert len(attributes(body)) <= len(body) // 4
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.binary(min_size=1, max_size=20).filter(lambda raw: b"\0" not in raw))
 def test_a_name_is_a_printable_word_that_bash_reads_back(raw: bytes) -> None:
     word = attachments._word(libbpf.shown(raw))

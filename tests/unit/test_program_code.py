@@ -207,7 +207,7 @@ def test_a_loop_ends_and_a_function_that_is_called_is_followed_too() -> None:
         max_size=40,
     )
 )  # fmt: skip
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_any_instructions_are_followed_to_an_end(code: list[tuple[int, int, int, int]]) -> None:
     lowered = [
         (one, at(min(reg & 15, 10), min(reg >> 4, 10)), off, by) for one, reg, off, by in code

@@ -118,7 +118,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(steps=steps, committed=st.randoms(use_true_random=False))
 def test_it_does_what_one_change_at_a_time_would_do(steps: list[Any], committed: Any) -> None:
     replica, oracle = Replica(layout()), Oracle()
@@ -140,7 +140,7 @@ def test_it_does_what_one_change_at_a_time_would_do(steps: list[Any], committed:
         assert len(replica) == len(oracle.contents())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     key=st.sampled_from(["u1", "u4", "u8", "V3", "V12", "V20", [("a", "u4"), ("b", "u8")]]),
     count=st.integers(1, 2_000),
@@ -333,7 +333,7 @@ worlds = st.lists(
 
 
 @both_paths
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(steps=worlds)
 def test_nothing_older_comes_back_by_forgetting(switch: str, steps: Any) -> None:
     # Events arrive late and in any order; each snapshot shows what is there at its moment.
