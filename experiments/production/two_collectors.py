@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from experiments.bench import peers
-from labkit.errors import LabError, TimedOut, Unavailable
+from labkit.errors import LabError, TimedOut
 from labkit.figures import style
 from labkit.judge.language import reference
 from labkit.kernel import leftovers, libbpf, programs
@@ -182,7 +182,7 @@ def _rows(tables: Tables) -> pd.DataFrame:
     question="What does a collector gain that takes events from a ring in place of a polled map?",
     claims=("5.2a", "5.2b", "5.2c"),
     needs=("bpf", "compile", "tracefs", "tracepoint", "hash", "ringbuf", "batch_hash", "netns_veth",
-           "two_cpus"),
+           "two_cpus", "gcc", "kafka"),
     quick={"rates": [30_000, 80_000], "step_s": 0.3, "base_rate": 4_000,
            "period_ms": 200.0, "processes": 200, "stall_s": 1.2, "rounds": 6},
     full={"rates": [10_000, 20_000, 28_000, 40_000, 57_000, 80_000, 113_000, 160_000, 226_000,
@@ -304,10 +304,6 @@ def two_collectors(
         tried, and ``rate``, ``seconds``, ``beyond`` (connections in a period, over the entries of
         the map).
 
-    Raises
-    ------
-    Unavailable
-        gcc or confluent-kafka is missing.
     """
     if emulated():
         step_s, period_ms, stall_s = step_s * SLOWER, period_ms * SLOWER, stall_s * SLOWER
@@ -436,21 +432,10 @@ def _answer_of(load: subprocess.Popen[str]) -> list[int]:
 # -- the broker ----------------------------------------------------------------------------
 
 
-def _kafka() -> Any:
-    try:
-        import confluent_kafka
-    except ImportError:
-        raise Unavailable(
-            "confluent-kafka is missing, which speaks Kafka's protocol: make setup installs it."
-        ) from None
-    return confluent_kafka
-
-
 class _Broker:
     """librdkafka's mock broker in a child that dies with us; a context manager."""
 
     def __enter__(self) -> _Broker:
-        _kafka()
         flags = shared_array(1, np.int64)
         with ahead_of_others():
             self._child = Child(partial(_serve, flags))
@@ -476,7 +461,9 @@ class _Broker:
 
 def _serve(flags: npt.NDArray[np.int64]) -> None:
     settings = {"test.mock.num.brokers": 1, "bootstrap.servers": "", "log_level": 0}
-    holder = _kafka().Producer(settings)
+    from confluent_kafka import Producer
+
+    holder = Producer(settings)
     (one,) = holder.list_topics(timeout=_BROKER_S).brokers.values()
     if one.host != "127.0.0.1":
         raise LabError(f"The mock broker listens at {one.host}, and not on the loopback alone.")
@@ -504,7 +491,9 @@ class _Pipeline:
     def __init__(self, broker: str, stalls: bool, spill: IO[bytes] | None) -> None:
         self._patience_s = _STALLED_PATIENCE_S if stalls else _PATIENCE_S
         timeout_ms = _STALLED_TIMEOUT_MS if stalls else _TIMEOUT_MS
-        self._producer = _kafka().Producer(
+        from confluent_kafka import Producer
+
+        self._producer = Producer(
             {"bootstrap.servers": broker, "linger.ms": 1, "message.timeout.ms": timeout_ms,
              "acks": 1, "log_level": 0, "reconnect.backoff.ms": 20, "reconnect.backoff.max.ms": 50,
              "retry.backoff.ms": 20, "error_cb": lambda error: None}
