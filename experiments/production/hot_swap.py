@@ -119,7 +119,8 @@ def hot_swap(case: Case, *, events: int, swaps: int) -> dict[str, Any]:
     dict
         ``how`` it was replaced; ``sent`` events; ``once``, ``unseen``, ``twice`` (or more often):
         how often the map says that they were seen; ``wrong``: unseen and twice; ``swapped``,
-        ``refusals`` of a version, ``update_answer``: minus the errno of an update of the tracepoint's link.
+        ``refusals`` of a version, ``update_answer``: minus the errno of an update of the
+        tracepoint's link.
 
     Raises
     ------
