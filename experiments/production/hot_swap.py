@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from labkit.errors import TimedOut, Unavailable
+from labkit.errors import BadInput, TimedOut, Unavailable
 from labkit.figures import anomaly_rates
 from labkit.kernel import libbpf, network, perf_events, programs
 from labkit.kernel.compiler import LoadFailed
@@ -35,8 +35,9 @@ _KINDS: Final = {
 _CGROUP_EGRESS, _PERF_EVENT = 1, 41  # enum bpf_attach_type
 _TRACEPOINT_EVENT = 2  # PERF_TYPE_TRACEPOINT
 _CALL = "syscalls:sys_enter_close"
-_HIGH = 1 << 30  # no process of ours has so many descriptors
+_HIGH = 1 << 30  # no process has so many descriptors; below it stand pid and event
 _OVERLAP_S = 0.001  # until who has attached the new version takes the old one off
+_MOST_EVENTS = 1 << 16  # that have a descriptor of their own
 _LIMIT_S = 30.0
 _SETTLED_S = 0.05
 
@@ -124,9 +125,13 @@ def hot_swap(case: Case, *, events: int, swaps: int) -> dict[str, Any]:
 
     Raises
     ------
+    BadInput
+        More events than descriptors of that kind.
     Unavailable
         There is no cgroup file system of version 2.
     """
+    if events > _MOST_EVENTS:
+        raise BadInput(f"events of hot-swap are {_MOST_EVENTS:,} at most, not {events:,}.")
     with Child(partial(_swapped, case, events, swaps)) as child:
         found: dict[str, Any] = child.result(2 * _LIMIT_S)
     return found
@@ -136,7 +141,8 @@ def _swapped(case: Case, events: int, swaps: int) -> dict[str, Any]:
     """In a child, whose network goes away with it."""
     if case.hook in ("xdp", "tcx"):
         network.enter_own_network()
-    first, address = _own_numbers()
+    first = _HIGH | (os.getpid() & 0x3FFF) << 16
+    address = network.own_address()
     constants: dict[str, int] = {
         "EVENTS": events, "PROTOCOL": network.LAB_PROTOCOL, "FIRST_ID": first,
         "ADDRESS_ID": address,
@@ -280,14 +286,6 @@ def _cgroup_root() -> str:
             if kind == "cgroup2":
                 return point
     raise Unavailable("No cgroup file system of version 2 is mounted here: mount one.")
-
-
-def _own_numbers() -> tuple[int, int]:
-    """The first descriptor of our calls, and the address of our datagrams (network order)."""
-    pid = os.getpid()
-    # The last octet is the highest here: it stays below 128, so that the number has no sign.
-    words = bytes([127, 128 | pid >> 14 & 127, pid >> 7 & 127, pid & 127])
-    return _HIGH | (pid & 0x3FFF) << 16, int.from_bytes(words, sys.byteorder)
 
 
 def _make_events(

@@ -9,7 +9,6 @@ import queue
 import resource
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -26,7 +25,7 @@ from experiments.bench import peers
 from labkit.errors import LabError, TimedOut
 from labkit.figures import style
 from labkit.judge.language import reference
-from labkit.kernel import leftovers, libbpf, programs
+from labkit.kernel import leftovers, libbpf, network, programs
 from labkit.kernel.libbpf import ProgramKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, ahead_of_others, another_cpu, shared_array
@@ -338,7 +337,7 @@ def _run(
 ) -> dict[str, Any]:
     entries = _ENTRIES * case.get("times", 1)
     size = {"PAGES": _RING_PAGES} if case.way == "ring" else {"ENTRIES": entries}
-    address = _own_address()
+    address = network.own_address()
     namespace = os.stat("/proc/self/ns/pid")
     flags = shared_array(2, np.int64)
     with programs.load(
@@ -391,14 +390,6 @@ def _wait_for(flags: npt.NDArray[np.int64], child: Child) -> None:
         if time.monotonic() > deadline:
             raise TimedOut(f"The broker did not answer within {_BROKER_S:g} s.")
         time.sleep(0.002)
-
-
-def _own_address() -> int:
-    """An address of the loopback that no other run on this machine has, in network order."""
-    pid = os.getpid()
-    # The last octet is the highest here: it stays below 128, so that the number has no sign.
-    words = bytes([127, 128 | pid >> 14 & 127, pid >> 7 & 127, pid & 127])
-    return int.from_bytes(words, sys.byteorder)
 
 
 @functools.cache
