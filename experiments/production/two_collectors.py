@@ -9,7 +9,6 @@ import queue
 import resource
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -23,10 +22,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from experiments.bench import peers
-from labkit.errors import LabError, TimedOut, Unavailable
+from labkit.errors import LabError, TimedOut
 from labkit.figures import style
 from labkit.judge.language import reference
-from labkit.kernel import leftovers, libbpf, programs
+from labkit.kernel import leftovers, libbpf, network, programs
 from labkit.kernel.libbpf import ProgramKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child, ahead_of_others, another_cpu, shared_array
@@ -182,7 +181,7 @@ def _rows(tables: Tables) -> pd.DataFrame:
     question="What does a collector gain that takes events from a ring in place of a polled map?",
     claims=("5.2a", "5.2b", "5.2c"),
     needs=("bpf", "compile", "tracefs", "tracepoint", "hash", "ringbuf", "batch_hash", "netns_veth",
-           "two_cpus"),
+           "two_cpus", "gcc", "kafka"),
     quick={"rates": [30_000, 80_000], "step_s": 0.3, "base_rate": 4_000,
            "period_ms": 200.0, "processes": 200, "stall_s": 1.2, "rounds": 6},
     full={"rates": [10_000, 20_000, 28_000, 40_000, 57_000, 80_000, 113_000, 160_000, 226_000,
@@ -304,10 +303,6 @@ def two_collectors(
         tried, and ``rate``, ``seconds``, ``beyond`` (connections in a period, over the entries of
         the map).
 
-    Raises
-    ------
-    Unavailable
-        gcc or confluent-kafka is missing.
     """
     if emulated():
         step_s, period_ms, stall_s = step_s * SLOWER, period_ms * SLOWER, stall_s * SLOWER
@@ -342,7 +337,7 @@ def _run(
 ) -> dict[str, Any]:
     entries = _ENTRIES * case.get("times", 1)
     size = {"PAGES": _RING_PAGES} if case.way == "ring" else {"ENTRIES": entries}
-    address = _own_address()
+    address = network.own_address()
     namespace = os.stat("/proc/self/ns/pid")
     flags = shared_array(2, np.int64)
     with programs.load(
@@ -397,14 +392,6 @@ def _wait_for(flags: npt.NDArray[np.int64], child: Child) -> None:
         time.sleep(0.002)
 
 
-def _own_address() -> int:
-    """An address of the loopback that no other run on this machine has, in network order."""
-    pid = os.getpid()
-    # The last octet is the highest here: it stays below 128, so that the number has no sign.
-    words = bytes([127, 128 | pid >> 14 & 127, pid >> 7 & 127, pid & 127])
-    return int.from_bytes(words, sys.byteorder)
-
-
 @functools.cache
 def _load_program() -> int:
     """Build the load; the descriptor is all that is left of it."""
@@ -436,21 +423,10 @@ def _answer_of(load: subprocess.Popen[str]) -> list[int]:
 # -- the broker ----------------------------------------------------------------------------
 
 
-def _kafka() -> Any:
-    try:
-        import confluent_kafka
-    except ImportError:
-        raise Unavailable(
-            "confluent-kafka is missing, which speaks Kafka's protocol: make setup installs it."
-        ) from None
-    return confluent_kafka
-
-
 class _Broker:
     """librdkafka's mock broker in a child that dies with us; a context manager."""
 
     def __enter__(self) -> _Broker:
-        _kafka()
         flags = shared_array(1, np.int64)
         with ahead_of_others():
             self._child = Child(partial(_serve, flags))
@@ -476,7 +452,9 @@ class _Broker:
 
 def _serve(flags: npt.NDArray[np.int64]) -> None:
     settings = {"test.mock.num.brokers": 1, "bootstrap.servers": "", "log_level": 0}
-    holder = _kafka().Producer(settings)
+    from confluent_kafka import Producer
+
+    holder = Producer(settings)
     (one,) = holder.list_topics(timeout=_BROKER_S).brokers.values()
     if one.host != "127.0.0.1":
         raise LabError(f"The mock broker listens at {one.host}, and not on the loopback alone.")
@@ -504,7 +482,9 @@ class _Pipeline:
     def __init__(self, broker: str, stalls: bool, spill: IO[bytes] | None) -> None:
         self._patience_s = _STALLED_PATIENCE_S if stalls else _PATIENCE_S
         timeout_ms = _STALLED_TIMEOUT_MS if stalls else _TIMEOUT_MS
-        self._producer = _kafka().Producer(
+        from confluent_kafka import Producer
+
+        self._producer = Producer(
             {"bootstrap.servers": broker, "linger.ms": 1, "message.timeout.ms": timeout_ms,
              "acks": 1, "log_level": 0, "reconnect.backoff.ms": 20, "reconnect.backoff.max.ms": 50,
              "retry.backoff.ms": 20, "error_cb": lambda error: None}

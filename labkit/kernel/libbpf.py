@@ -145,6 +145,7 @@ class AttachType(IntEnum):
     LSM_MAC = 27
     TRACE_ITER = 28
     XDP = 37
+    TCX_INGRESS = 46
 
 
 PROGRAM_SLEEPABLE = 1 << 4
@@ -356,6 +357,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "bpf_prog_test_run_opts": (c_int, c_void_p),
     "bpf_raw_tracepoint_open": (c_char_p, c_int),
     "bpf_link_create": (c_int, c_int, c_int, c_void_p),
+    "bpf_link_update": (c_int, c_int, c_void_p),
+    "bpf_link_detach": (c_int,),
     "libbpf_find_vmlinux_btf_id": (c_char_p, c_int),
     "libbpf_num_possible_cpus": (),
     "btf__find_by_name_kind": (c_void_p, c_char_p, c_uint32),

@@ -452,15 +452,24 @@ def _netns_veth() -> str:
 _PACKET: Final = network.frame(b"labkit")
 
 
-@_trial("xdp", _OTHER_KERNEL, needs=("bpf", "netns_veth"))
-def _xdp() -> str:
+def _sees_a_packet(kind: ProgramKind, hook: AttachType, returned: int) -> str:
     network.enter_own_network()
     index = socket.if_nametoindex(network.ENDS[0])
     with _Bench() as bench, network.packet_socket(network.ENDS[1]) as sender:
-        program = bench.counting_program(ProgramKind.XDP, AttachType.XDP, returned=2)
-        link = libbpf.api().bpf_link_create(program, index, int(AttachType.XDP), None)
+        program = bench.counting_program(kind, hook, returned=returned)
+        link = libbpf.api().bpf_link_create(program, index, int(hook), None)
         bench.own(libbpf.checked(link, "attaching to a veth"))
         return bench.runs_seen(lambda: sender.send(_PACKET))
+
+
+@_trial("xdp", _OTHER_KERNEL, needs=("bpf", "netns_veth"))
+def _xdp() -> str:
+    return _sees_a_packet(ProgramKind.XDP, AttachType.XDP, 2)
+
+
+@_trial("tcx", _OTHER_KERNEL, needs=("bpf", "netns_veth"))
+def _tcx() -> str:
+    return _sees_a_packet(ProgramKind.TC, AttachType.TCX_INGRESS, 0)
 
 
 # Maps.
@@ -747,6 +756,15 @@ def _redis_server() -> str:
     if not answer.startswith("Redis server"):
         raise Refused(f"it says of itself: {answer}")
     return answer.partition(" sha=")[0]
+
+
+@_trial("kafka", _SETUP, needs=())
+def _kafka() -> str:
+    try:
+        import confluent_kafka
+    except ImportError as error:
+        raise Refused("confluent-kafka is missing") from error
+    return f"librdkafka {confluent_kafka.libversion()[0]}"
 
 
 @_trial("go", "install the optional package: .venv/bin/pip install -e '.[go]'", needs=())

@@ -35,7 +35,8 @@ SMALLER: dict[str, dict[str, Any]] = {
     "hybrid-idle-only": {"seconds": 0.5},
     "go-map": {"processes": 3},
     "nested-update": {"insertions": 5_000},
-    "two-collectors": {"processes": 20, "stall_s": 1.8},
+    "hot-swap": {"events": 10_000, "swaps": 4},
+    "two-collectors": {"processes": 20, "stall_s": 1.5},
 }
 
 
