@@ -32,6 +32,8 @@ fi
 # Debian keeps what the lab calls here, and an ordinary user's PATH does not.
 PATH=$PATH:/usr/sbin:/sbin:$LAB_STATE/bin
 export PATH
+# A report and the tests start hundreds of processes; each would compile the lab's modules anew.
+unset PYTHONDONTWRITEBYTECODE
 if [[ -z ${BCC_KERNEL_SOURCE:-} ]]; then
     BCC_KERNEL_SOURCE=$("$LAB_ROOT/provision/headers.sh" --path)
     if [[ -n $BCC_KERNEL_SOURCE ]]; then export BCC_KERNEL_SOURCE; else unset BCC_KERNEL_SOURCE; fi

@@ -5,7 +5,5 @@
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 cd "$LAB_ROOT"
-# Hundreds of processes start below; each would compile all of the lab's modules anew.
-unset PYTHONDONTWRITEBYTECODE
 exec provision/enter.sh .venv/bin/python -m pytest \
     --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"

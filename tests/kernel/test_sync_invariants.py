@@ -538,13 +538,14 @@ def test_bursts_past_the_rings_capacity(case: Case, size: int) -> None:
 
 def test_a_follower_that_stands_still_while_its_ring_runs_over(case: Case) -> None:
     with new_world(case, entries=200) as world:
-        writer = world.writer(updates(100, 60, per_second=10_000))
+        writer = world.writer(updates(100, LONG, per_second=10_000))
         follower = Follower(world)
         with writing(writer) as children:
             follower.until(lambda: writer.done > 500)
             at = writer.done
             wait_until(lambda: writer.done > at + 3_000)  # three rings
             assert not children[0].ended(), "the stream was over too early to show anything"
+            writer.stop()
             follower.drain(*children)
         check(world, follower, writer.script)
         if case.tells:
