@@ -686,11 +686,11 @@ def _by_call(
 ) -> Callable[[], int]:
     """What no way of reading a hash can do without: one bpf(2), into memory that is touched."""
     place, count, options = np.zeros(1, np.uint64), ctypes.c_uint32(), libbpf.BatchOpts()
-    where = [native.address(part) for part in (place, keys, values)]
     counted, opted = ctypes.byref(count), ctypes.byref(options)
 
     def read() -> int:
         count.value = len(keys)
+        where = map(native.address, (place, keys, values))
         libbpf.api().bpf_map_lookup_batch(table.fd, None, *where, counted, opted)
         return count.value
 
