@@ -40,7 +40,7 @@ def _derived(tables: Tables) -> Tables:
     question="Do readers in Go see whole generations through the article's double sync.Map?",
     claims=("4.3a",),
     needs=("go", "cilium_ebpf"),
-    quick={"keys": 512, "generations": 1_000, "readers": 2, "rounds": 2},
+    quick={"keys": 256, "generations": 500, "readers": 2, "rounds": 2},
     full={"keys": 512, "generations": 5_000, "readers": 4, "rounds": 5},
     cases=(
         Case("broken", "forced", "as printed, forced to compile"),
