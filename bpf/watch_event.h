@@ -94,13 +94,21 @@ static inline bool watched(u32 id, struct target *of)
 	return true;
 }
 
-static inline long copy(enum memory memory, void *to, u64 size, u64 room, u64 from)
+/* A size that never is more than the room; the verifier does not know it. Kernel 6.1 forgets what a
+ * comparison told it of a number that the compiler has put aside before: so the same register is
+ * compared and bounded, and whatever is put aside comes from there.
+ */
+static inline u64 bounded(u64 size, u32 room)
 {
-#ifdef BOUND_EACH_COPY
-	asm volatile("" : "+r"(size));
-	if (size > room)
-		size = room;
-#endif
+	asm volatile("if %[size] <= %[room] goto +1\n"
+		     "%[size] = %[room]"
+		     : [size] "+r"(size)
+		     : [room] "i"(room));
+	return size;
+}
+
+static inline long copy(enum memory memory, void *to, u64 size, u64 from)
+{
 	if (memory == OF_USER)
 		return bpf_probe_read_user(to, size, (void *)from);
 	return bpf_probe_read_kernel(to, size, (void *)from);
@@ -125,8 +133,8 @@ static inline u32 id_of_content(enum content content, u32 fd)
  * as few branches as can be.
  */
 static inline void tell_counted(struct event_counts *counts, void *ctx, enum content content, u32 id,
-				u8 kind, enum memory memory, u64 key, u32 key_size, u64 value,
-				u32 value_size, s64 result)
+				u8 kind, enum memory memory, u64 key, u64 key_size, u64 value,
+				u64 value_size, s64 result)
 {
 	struct watch_event *event = bpf_ringbuf_reserve(RING, sizeof(*event), 0);
 	u64 who = bpf_get_current_pid_tgid(), failed;
@@ -151,18 +159,18 @@ static inline void tell_counted(struct event_counts *counts, void *ctx, enum con
 	bpf_get_stack(ctx, event->frames, sizeof(event->frames), 0);
 #endif
 #if KEY_ROOM
-	failed = copy(memory, event->key, key_size, KEY_ROOM, key);
+	failed = copy(memory, event->key, key_size, key);
 	event->lacks |= LACKS_KEY & failed >> 32;
 #endif
 #if VALUE_ROOM
-	failed = copy(memory, event->value, value_size, VALUE_ROOM, value);
+	failed = copy(memory, event->value, value_size, value);
 	event->lacks |= LACKS_VALUE & failed >> 32;
 	event->value_size = value_size & ~(failed >> 32);
 #if VALUE_ROOM >= 4
 	if (content != VALUES) {
 		u32 number = 0;
 
-		copy(memory, &number, sizeof(number), sizeof(number), value);
+		copy(memory, &number, sizeof(number), value);
 		number = id_of_content(content, number);
 		bpf_probe_read_kernel(event->value, sizeof(number), &number);
 	}
@@ -175,13 +183,13 @@ static inline void tell_counted(struct event_counts *counts, void *ctx, enum con
 static inline void tell(void *ctx, struct target *of, u32 id, u8 kind, enum memory memory, u64 key,
 			u64 value, u32 value_size, s64 result)
 {
-	u32 which = OF_EVENTS, key_size = of->key_size;
+	u32 which = OF_EVENTS;
 	struct event_counts *counts = bpf_map_lookup_elem_(COUNTS, &which);
 
-	if (!counts || key_size > KEY_ROOM || value_size > VALUE_ROOM)
-		return;  // sizes never are: the verifier does not know it
-	tell_counted(counts, ctx, of->content, id, kind, memory, key, key_size, value, value_size,
-		     result);
+	if (counts)
+		tell_counted(counts, ctx, of->content, id, kind, memory, key,
+			     bounded(of->key_size, KEY_ROOM), value,
+			     bounded(value_size, VALUE_ROOM), result);
 }
 
 /* A batch of user space, and how far we are: the arrays of keys and values are in user memory. */
@@ -203,9 +211,10 @@ static inline void tell_next(void *ctx, struct batch *batch)
 	u32 which = OF_EVENTS, first = batch->told, left = batch->count - first;
 	struct event_counts *counts = bpf_map_lookup_elem_(COUNTS, &which);
 	u64 keys = batch->keys, values = batch->values;
-	u32 key_size = batch->of.key_size, value_size = batch->of.call_value_size;
+	u64 key_size = bounded(batch->of.key_size, KEY_ROOM);
+	u64 value_size = bounded(batch->of.call_value_size, VALUE_ROOM);
 
-	if (!counts || key_size > KEY_ROOM || value_size > VALUE_ROOM)
+	if (!counts)
 		return;
 	for (u32 i = 0; i < BATCH_STEP; i++) {
 		u64 at = first + i;

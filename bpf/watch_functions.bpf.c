@@ -4,10 +4,6 @@
 // and is loaded once for each of them, as fexit: it has the arguments and the answer.
 
 #include "map_of_fd.h"
-
-// Kernel 6.1, which hooks functions, forgets the bound of a size that the compiler has put aside. The hook
-// on bpf(2) has no room for another branch in each element of a batch, and does without.
-#define BOUND_EACH_COPY
 #include "watch_event.h"
 
 static inline u32 id_of(u64 map)

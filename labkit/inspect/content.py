@@ -34,7 +34,7 @@ _BY_BUCKET: Final = {
     MapKind.HASH, MapKind.PERCPU_HASH, MapKind.LRU_HASH, MapKind.LRU_PERCPU_HASH,
 }  # fmt: skip
 _SHOWN: Final = 3
-_MAJORITY: Final = 0.75
+_MAJORITY: Final = 0.6
 _FEWEST_KEYS: Final = 4
 
 

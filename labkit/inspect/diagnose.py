@@ -47,6 +47,7 @@ _SHOWN_BY: Final = {
 _PER_CPU: Final = {kind.name.lower() for kind in PER_CPU}
 _ALMOST_FULL: Final = 0.9
 _CPU_STOCK: Final = 128  # free elements that a CPU takes at once: kernel/bpf/bpf_lru_list.c
+_SHORT_LIST: Final = 16  # entries of a list that may be made to measure though its room is round
 _ENDED_BY_HOLDER: Final = {"raw_tracepoint", "tracing", "lsm", "kprobe", "tracepoint"}
 _MOST_TWINS: Final = 50
 _MOST_LISTED: Final = 4
@@ -686,9 +687,11 @@ def _of_its_room(state: MapState) -> Iterator[Diagnostic]:
     elif one.kind in _BOUNDED and share >= _ALMOST_FULL and one.max_entries > 1:
         error = "ENOSPC" if one.kind == "lpm_trie" else "E2BIG"
         left = one.max_entries - (entries or 0)
+        made = left <= 0 and _is_made_to_measure(state)
         yield Diagnostic(
-            "cause" if left <= 0 and not _is_generation(state) else "risk",
+            "cause" if left <= 0 and not made and not _is_generation(state) else "risk",
             f"It is full ({full}): a new key is answered {error} and is not stored."
+            + (" Perhaps it was made for just these: no program adds to it." if made else "")
             if left <= 0
             else f"It is almost full: {full}, room for {left:,} more; after them a new key is "
             f"answered {error} and is not stored.",
@@ -704,6 +707,29 @@ def _of_its_room(state: MapState) -> Iterator[Diagnostic]:
             "no-prealloc",
             usual=True,
         )
+
+
+def _is_made_to_measure(state: MapState) -> bool:
+    """Whether a full map looks like a list that was made for what stands in it.
+
+    So does a service manager with the addresses of a unit, and a firewall with the elements of a
+    set. No program that runs adds to it, and the room is no round number, or a short list of keys
+    that say all by being there.
+    """
+    one = state.map
+    room = one.max_entries
+    if state.standing(one.id) is not Standing.ATTACHED or not all(
+        each.followed and each.named for each in state.codes
+    ):
+        return False
+    if any(call.map_id == one.id and call.does == "update"
+           for each in state.codes for call in each.calls):  # fmt: skip
+        return False
+    is_round = room & (room - 1) == 0 or room % 10 == 0
+    values = content.bytes_of(state.snapshot.values) if state.snapshot is not None else None
+    return not is_round or (
+        room <= _SHORT_LIST and values is not None and bool((values == values[:1]).all())
+    )
 
 
 def _of_evictions(state: MapState, full: str, share: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import re
@@ -133,6 +134,21 @@ def test_poll(pins: PinFolder) -> None:
             first = int(line(r"^key 80 version (\d+)$")[1])
             assert int(line(r"^80 has version (\d+) since \d+ ns$")[1]) >= first
             assert int(line(r"^key 80 version (\d+)$")[1]) > first
+
+
+def test_a_map_without_versions(pins: PinFolder) -> None:
+    with Map.create(MapKind.HASH, key="u4", value="u8", max_entries=8, name="actions") as table:
+        table.pin(pins.path("actions"))
+        values = itertools.cycle([7, 5])  # no version: it goes down as well
+        with (
+            writing(lambda: table.update(80, next(values))),
+            running(*python("any_map.py", pins)) as line,
+        ):
+            first = line(r"^key 80 value (\d+)$")[1]
+            arrivals = line(r"^arrivals \[(\d+)\] unknown \('coalesced',\)$")
+            other = line(rf"^key 80 value (?!{first}$)(\d+)$")[1]
+            later = line(r"^arrivals \[(\d+)\] unknown \('coalesced',\)$")
+        assert {first, other} == {"5", "7"} and int(arrivals[1]) < int(later[1])
 
 
 def test_ring_events_of_a_libbpf_program(pins: PinFolder, tmp_path: Path) -> None:

@@ -306,7 +306,6 @@ def test_a_batch_of_thousands_is_told_whole_and_a_longer_one_is_found() -> None:
         assert all(0 < one.after_ns < one.at_ns for one in found if one.what == "found")
 
 
-@pytest.mark.outside_vm("kernel 6.1 forgets a bound of this hook; a watch takes fexit there")
 def test_a_batch_that_never_began_is_refused_and_one_in_doubt_counts_as_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -500,7 +499,6 @@ def test_a_name_of_several_maps_is_refused_with_who_holds_them() -> None:
         which_maps([], store.id)
 
 
-@pytest.mark.outside_vm("the hooks themselves are attached there, to real maps")
 @pytest.mark.parametrize("payload", [True, False])
 def test_the_verifier_accepts_the_program_of_each_function(table: Map, payload: bool) -> None:
     """Also where this kernel lets nobody attach there, which it says with EPERM in the end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from labkit.errors import BadInput
+from labkit.inspect.code import Call, Code
 from labkit.inspect.diagnose import Diagnosis, MapState, diagnostics, map_ids, padding
 from labkit.inspect.diagnostic import Diagnostic
 from labkit.kernel import libbpf
@@ -308,6 +310,30 @@ def test_a_generation_of_a_map_of_maps_is_frozen_and_full_by_design() -> None:
 def test_a_table_of_one_entry_is_full_by_design() -> None:
     one = made(1, kind="hash", max_entries=1)
     assert "ignored-answers" not in said(facts(one, programs=(program(7, 1),), keys=1))
+
+
+@pytest.mark.parametrize(
+    ("room", "values", "does", "weight"),
+    [
+        (7, range(7), (), "risk"),  # the addresses of a unit, the elements of a set
+        (4, [1] * 4, (), "risk"),
+        (4, range(4), (), "cause"),
+        (64, [1] * 64, (), "cause"),  # a block list with a bound
+        (7, range(7), ("delete",), "risk"),
+        (7, range(7), ("update",), "cause"),
+    ],
+)
+def test_a_list_that_was_made_for_what_stands_in_it_is_full_by_design(
+    room: int, values: Sequence[int], does: tuple[str, ...], weight: str
+) -> None:
+    user = program(9, 1)
+    code = Code(user, tuple(Call(0, each, 1, heeded=True) for each in does))
+    entries = Snapshot(np.arange(room, dtype="u4"), np.array(values, "u8"), True, 0)
+    more: dict[str, Any] = {"programs": (user,), "snapshot": entries, "codes": (code,)}
+    mine = made(1, kind="hash", max_entries=room)
+    state = facts(mine, survey=running(at(9)), **more)
+    assert said(state)["ignored-answers"] == weight
+    assert said(replace(state, survey=running(nowhere=(9,))))["ignored-answers"] == "cause"
 
 
 def test_somebody_holds_an_old_map_that_no_program_reads() -> None:

@@ -87,6 +87,16 @@ def test_a_port_in_network_order_among_others_is_shown_both_ways() -> None:
     assert f"{0x901F:,} ({0x1F90:,})" in words
 
 
+def test_a_port_as_the_cpu_has_it_among_those_of_services_in_network_order() -> None:
+    services = (80, 443, 22, 53, 8443, 9090, 9100, 2379, 2380, 6443, 10250, 179)
+    (words,) = odd(PORT, *(_turned(one) for one in services), 8080)
+    assert "1 of the 13 different numbers in the key" in words and "8,080 (36,895)" in words
+
+
+def _turned(port: int) -> int:
+    return int.from_bytes(struct.pack(">H", port), "little")
+
+
 def test_an_address_as_the_cpu_has_it_among_others_in_network_order() -> None:
     stored = [int.from_bytes(struct.pack(">I", one), "little") for one in (1, 2, 3, 9)]
     (words,) = odd(ADDRESS, *stored, 7)
