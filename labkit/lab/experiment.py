@@ -117,12 +117,13 @@ class Counted:
         """The counts of all cases that were measured."""
         triad = Triad(self.anomaly)
         for (variant, case), group in rounds.groupby(["variant", "case"], sort=False):
+            of_group: Callable[[str], Any] = group.eval
             triad.add(
                 str(variant),
                 case=str(case),
-                operations=int(group.eval(self.operations).sum()),
-                anomalies=int(group.eval(self.anomalies).sum()),
-                cost_ns=float(group.eval(self.cost_ns).median()) if self.cost_ns else math.nan,
+                operations=int(of_group(self.operations).sum()),
+                anomalies=int(of_group(self.anomalies).sum()),
+                cost_ns=float(of_group(self.cost_ns).median()) if self.cost_ns else math.nan,
             )
         return triad.table()
 
