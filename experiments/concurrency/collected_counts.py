@@ -16,7 +16,7 @@ from labkit.kernel import libbpf, programs
 from labkit.kernel.maps import KeyAbsent, Map
 from labkit.kernel.parallel import together
 from labkit.kernel.programs import BccObject, BpfObject
-from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment
+from labkit.lab.experiment import Case, Counted, Statement, experiment
 
 Collect = Callable[[], int]
 
@@ -97,13 +97,6 @@ def _differences(loaded: BpfObject, keys: int) -> Collect:
     return collect
 
 
-def _derived(tables: Tables) -> Tables:
-    """The counts: events that were counted, and those that were never collected."""
-    rounds = tables["rounds"]
-    counted = Counted("lost", operations="events", anomalies="lost", cost_ns="key_ns")
-    return {"counts": counted.table(rounds.assign(lost=rounds["events"] - rounds["collected"]))}
-
-
 def _loses_less(case: str) -> str:
     """In a round that way loses fewer events than read-then-delete does; all have as many."""
     lost = "rounds(case={0!r}).events - rounds(case={0!r}).collected"
@@ -128,7 +121,7 @@ def _loses_less(case: str) -> str:
         Case("fixed", "by-batch", "lookup and delete by batch", way=_lookup_and_delete_batch),
         Case("fixed", "differences", "never delete, take differences", way=_differences),
     ),
-    derive=_derived,
+    counted=Counted("lost", operations="events", anomalies="events - collected", cost_ns="key_ns"),
     statements=(
         Statement("loses events", "some(broken, like=4e-4)"),
         Statement("nothing is lost once counting is over",

@@ -50,16 +50,13 @@ _CASES = (
 
 
 def _derived(tables: Tables) -> Tables:
-    """The counts, and what the checker says of the readings that were kept whole."""
-    counted = Counted("mixed reading", operations="readings", anomalies="mixed", cost_ns="ns")
+    """What the checker says of the readings that were kept whole."""
     kept = checkers.mixed_generations(history.from_frame(tables["history"]))
     cases = tables["cases"]
-    return {
-        "counts": counted.table(tables["rounds"]),
-        "kept": kept.assign(
-            variant=kept["actor"].map(cases["variant"]), case=kept["actor"].map(cases["case"])
-        ),
-    }
+    kept = kept.assign(
+        variant=kept["actor"].map(cases["variant"]), case=kept["actor"].map(cases["case"])
+    )
+    return {"kept": kept}
 
 
 def _times(run: Run, ax: Axes) -> None:
@@ -78,6 +75,7 @@ def _times(run: Run, ax: Axes) -> None:
     quick={"keys": 64, "sweeps": 1_500, "process_reads": 1_000, "switches": 10, "rounds": 2},
     full={"keys": 64, "sweeps": 5_000, "process_reads": 5_000, "switches": 50, "rounds": 6},
     cases=_CASES,
+    counted=Counted("mixed reading", operations="readings", anomalies="mixed", cost_ns="ns"),
     derive=_derived,
     statements=(
         Statement("half of a change is seen", "some(broken, like=0.004)"),

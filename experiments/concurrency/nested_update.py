@@ -58,18 +58,6 @@ def lock_rule(run: Run) -> str:
     return OWN_RULE if calls["refused"] == 0 < calls["calls"] else "neither rule"
 
 
-def _derived(tables: Tables) -> Tables:
-    rounds = tables["rounds"]
-    counted = Counted("addition lost", operations="calls", anomalies="lost", cost_ns="call_ns")
-    return {
-        "counts": counted.table(
-            rounds.assign(
-                lost=rounds["calls"] - rounds["applied"], call_ns=rounds["ns"] / rounds["calls"]
-            )
-        )
-    }
-
-
 def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
     """The time of an addition for every way, over the rounds, and how many were lost."""
     rounds = run.table("rounds")
@@ -109,7 +97,8 @@ def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
     quick={"insertions": 20_000, "rounds": 3},
     full={"insertions": 100_000, "rounds": 5},
     cases=_CASES,
-    derive=_derived,
+    counted=Counted("addition lost", operations="calls", anomalies="calls - applied",
+                    cost_ns="ns / calls"),
     statements=(
         Statement("additions in the locked bucket are lost", "some(broken)"),
         Statement("every lost addition was answered with an error",

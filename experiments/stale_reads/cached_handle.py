@@ -13,7 +13,7 @@ from labkit.kernel.libbpf import ProgramKind
 from labkit.kernel.maps import Map
 from labkit.kernel.pins import PinFolder
 from labkit.kernel.sockets import GuardedSocket
-from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment
+from labkit.lab.experiment import Case, Counted, Statement, experiment
 
 _PEER, _ALLOW = 0, 1
 
@@ -52,11 +52,6 @@ class _Agent:
         self.write()
 
 
-def _counts(tables: Tables) -> Tables:
-    counted = Counted("cut off", operations="sent", anomalies="cut_off", cost_ns="write_ns")
-    return {"counts": counted.table(tables["recreations"])}
-
-
 @experiment(
     "cached-handle",
     number=3,
@@ -75,7 +70,8 @@ def _counts(tables: Tables) -> Tables:
         Case("fixed", "reopened", "path opened for each write", made_again=True,
              write=_Agent.open_and_write),
     ),
-    derive=_counts,
+    counted=Counted("cut off", operations="sent", anomalies="cut_off", cost_ns="write_ns",
+                    of="recreations"),
     statements=(
         Statement("everything written through the kept handle is lost on the program",
                   "all(broken)"),

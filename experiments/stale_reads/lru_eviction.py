@@ -11,14 +11,8 @@ from labkit.kernel import libbpf
 from labkit.kernel.libbpf import MapFlag, MapKind, UpdateFlag
 from labkit.kernel.maps import KeyAbsent, Map, MapFull
 from labkit.kernel.parallel import together
-from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment
+from labkit.lab.experiment import Case, Counted, Statement, experiment
 from labkit.runs import Run
-
-
-def _counts(tables: Tables) -> Tables:
-    rounds = tables["rounds"]
-    rounds = rounds.assign(gone=rounds["confirmed"] - rounds["kept"])
-    return {"counts": Counted("evicted", operations="confirmed", anomalies="gone").table(rounds)}
 
 
 def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
@@ -69,7 +63,7 @@ def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
         Case("fixed", "plain-touched", "plain hash, full, one key updated with EXIST",
              kind=MapKind.HASH, map="plain hash"),
     ),
-    derive=_counts,
+    counted=Counted("evicted", operations="confirmed", anomalies="confirmed - kept"),
     statements=(
         Statement("a full LRU evicts keys that were confirmed, in silence", "some(broken)"),
         # A CPU's share is max_entries, rounded up, by the possible CPUs; where it has no free

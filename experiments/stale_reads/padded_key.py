@@ -12,17 +12,10 @@ import pandas as pd
 from labkit.errors import LabError
 from labkit.kernel import programs
 from labkit.kernel.programs import BpfObject
-from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment
+from labkit.lab.experiment import Case, Counted, Statement, experiment
 
 _TCP = 6
 _EXAMPLES = 2  # keys of each measurement that are saved as bytes
-
-
-def _counts(tables: Tables) -> Tables:
-    rounds = tables["rounds"]
-    rounds = rounds.assign(missed=rounds["written"] - rounds["found_by_program"])
-    counted = Counted("hidden key", operations="written", anomalies="missed", cost_ns="write_ns")
-    return {"counts": counted.table(rounds)}
 
 
 @experiment(
@@ -39,7 +32,8 @@ def _counts(tables: Tables) -> Tables:
         Case("control", "no-padding", "layout without padding"),
         Case("fixed", "cleared", "padding cleared by the writer", padded=True, cleared=True),
     ),
-    derive=_counts,
+    counted=Counted("hidden key", operations="written",
+                    anomalies="written - found_by_program", cost_ns="write_ns"),
     statements=(
         Statement("the writer finds what it wrote",
                   "all(0 < rounds.found_by_user == rounds.written)"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from typing import Any
 
@@ -220,10 +219,10 @@ def _follow(
 
         wait_ms = period_ms if closed_loop else 0.0
         with OpenLoopWriter(moments, write, closed_loop_ms=wait_ms) as writer:
-            before = _cpu_ns()
+            before = time.process_time_ns()
             follow = _events if np.isnan(period_ms) else _polls
             reads = follow(loaded, period_ms, writer)
-            spent = _cpu_ns() - before
+            spent = time.process_time_ns() - before
     return _history(writer.intended_ns, writer.times, reads), len(reads), spent
 
 
@@ -271,8 +270,3 @@ def _history(
         Op.READ, key=0, actor=_FOLLOWER, version=version, start_ns=begun, end_ns=at
     )
     return history.concatenate(writes, read)
-
-
-def _cpu_ns() -> int:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return round((used.ru_utime + used.ru_stime) * 1e9)

@@ -10,19 +10,12 @@ import numpy as np
 
 from labkit.kernel import elf, libbpf
 from labkit.kernel.maps import Map, MapError
-from labkit.lab.experiment import Case, Counted, Statement, Tables, experiment
+from labkit.lab.experiment import Case, Counted, Statement, experiment
 
 _DENY = 2
 _DENIED = 0x5EED  # what a denying run returns; stands in no other instruction
 _RUNS = [("allowed", "u8"), ("denied", "u8")]  # the program's .bss
 _BEFORE_LOAD: Mapping[str, bytes] = {".rodata": np.array([_DENY], np.uint32).tobytes()}
-
-
-def _counts(tables: Tables) -> Tables:
-    rounds = tables["rounds"]
-    rounds = rounds.assign(runs=rounds["allowed"] + rounds["denied"])
-    counted = Counted("stale decision", operations="runs", anomalies="allowed", cost_ns="run_ns")
-    return {"counts": counted.table(rounds)}
 
 
 @experiment(
@@ -44,7 +37,8 @@ def _counts(tables: Tables) -> Tables:
         Case("fixed", "map-late", "array map, written after load",
              program="obey_map", section="policy"),
     ),
-    derive=_counts,
+    counted=Counted("stale decision", operations="allowed + denied", anomalies="allowed",
+                    cost_ns="run_ns"),
     statements=(
         Statement("a write to .rodata after load is refused",
                   'all(rounds(case="rodata-late").answer == "EPERM")'),

@@ -52,7 +52,6 @@ _CASES = (
     Case("fixed", "flip-compared", "old half filled at once, sleepable program that compares",
          writer="flip_twice", reader="sweep_half_and_compare", kind=_SLEEPABLE),
 )  # fmt: skip
-_COUNTED = Counted("mixed reading", operations="readings", anomalies="mixed", cost_ns="change_ns")
 # Ways to publish that are timed: methods of `_Table`.
 _CHANGES = {
     "in_place": "batch update in place",
@@ -92,7 +91,8 @@ def _waits(change: str) -> Statement:
     quick={"sweeps": 13, "keys": [64, 16_384], "switches": 7},
     full={"sweeps": 150, "keys": [64, 1_024, 16_384, 131_072], "switches": 25},
     cases=_CASES,
-    derive=lambda tables: {"counts": _COUNTED.table(tables["sweeps"])},
+    counted=Counted("mixed reading", operations="readings", anomalies="mixed",
+                    cost_ns="change_ns", of="sweeps"),
     statements=(
         Statement("mixed", "some(broken)"),
         Statement("whole generations, where the switch waits for who reads", "none(control)"),

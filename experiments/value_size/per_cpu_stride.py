@@ -21,20 +21,15 @@ _READERS = ("one", "packed", "map")
 
 
 def _derived(tables: Tables) -> Tables:
-    """The counts, and for each reader what a lookup must write and what its buffer lacks."""
+    """For each reader what a lookup must write and what its buffer lacks."""
     readers = tables["readers"]
     due = (readers["value_bytes"] + 7) // 8 * 8 * readers["cpus"]
-    counted = Counted(
-        "overrun or wrong CPU", operations="lookups", anomalies="wrong", cost_ns="lookup_ns"
+    slots = readers.assign(
+        due_bytes=due,
+        missing=due - readers["buffer_bytes"],
+        overrun=readers["overrun_bytes"] / readers["lookups"],
     )
-    return {
-        "counts": counted.table(readers),
-        "slots": readers.assign(
-            due_bytes=due,
-            missing=due - readers["buffer_bytes"],
-            overrun=readers["overrun_bytes"] / readers["lookups"],
-        ),
-    }
+    return {"slots": slots}
 
 
 def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
@@ -83,6 +78,8 @@ def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
         Case("control", "packed-fits", "buffer for an array of values of 8 n bytes"),
         Case("fixed", "map", "labkit Map"),
     ),
+    counted=Counted("overrun or wrong CPU", operations="lookups", anomalies="wrong",
+                    cost_ns="lookup_ns", of="readers"),
     derive=_derived,
     statements=(
         Statement("a lookup writes round_up(value size, 8) bytes for each possible CPU",

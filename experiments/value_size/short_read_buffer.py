@@ -32,14 +32,12 @@ _MOST_CHUNKS = 1_000_000  # an old heap has many holes of one size, apart from e
 
 
 def _derived(tables: Tables) -> Tables:
-    """The counts, the calls with a short buffer, those of labkit's Map, and the two places."""
+    """The calls with a short buffer, those of labkit's Map, and the two places."""
     buffers, ends = tables["buffers"], tables["ends"]
     ends = ends.assign(short=ends["buffer_bytes"] < ends["value_bytes"])
     short = buffers[buffers["variant"] == "broken"]
     by_map = buffers[buffers["way"] == "map"]
-    counted = Counted("overrun", operations="calls", anomalies="overrun_calls", cost_ns="call_ns")
     return {
-        "counts": counted.table(buffers),
         "short": short.assign(
             missing=short["value_bytes"] - short["buffer_bytes"],
             overrun=short["overrun_bytes"] / short["calls"],
@@ -103,6 +101,8 @@ def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
         Case("fixed", "read-map", "read, labkit Map"),
         Case("fixed", "write-map", "write, labkit Map"),
     ),
+    counted=Counted("overrun", operations="calls", anomalies="overrun_calls", cost_ns="call_ns",
+                    of="buffers"),
     derive=_derived,
     statements=(
         Statement("the kernel reports no error for a short buffer",

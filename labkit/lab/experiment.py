@@ -7,6 +7,7 @@ It may be imported anywhere, and nothing is measured by that. `labkit.lab.driver
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -93,34 +94,38 @@ def case_table(cases: Sequence[Case]) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Counted:
-    """How the counts of a run come from what was observed in its rounds.
+    """How the counts of a run come from what was observed.
 
     Attributes
     ----------
     anomaly
         The word for what goes wrong, singular: ``"torn read"``.
     operations, anomalies
-        Columns of ``rounds`` whose sums they are.
+        Columns whose sums they are, or what is computed of columns: ``"written - found"``
+        (`pandas.DataFrame.eval`).
     cost_ns
-        Column of ``rounds`` whose median is the cost of an operation, nanoseconds; empty where
-        none is timed.
+        The same, whose median is the cost of an operation, nanoseconds; empty where none is timed.
+    of
+        The table that has these columns.
     """
 
     anomaly: str
     operations: str
     anomalies: str
     cost_ns: str = ""
+    of: str = "rounds"
 
     def table(self, rounds: pd.DataFrame) -> pd.DataFrame:
         """The counts of all cases that were measured."""
         triad = Triad(self.anomaly)
         for (variant, case), group in rounds.groupby(["variant", "case"], sort=False):
+            of_group: Callable[[str], Any] = group.eval
             triad.add(
                 str(variant),
                 case=str(case),
-                operations=int(group[self.operations].sum()),
-                anomalies=int(group[self.anomalies].sum()),
-                cost_ns=float(group[self.cost_ns].median()) if self.cost_ns else float("nan"),
+                operations=int(of_group(self.operations).sum()),
+                anomalies=int(of_group(self.anomalies).sum()),
+                cost_ns=float(of_group(self.cost_ns).median()) if self.cost_ns else math.nan,
             )
         return triad.table()
 
@@ -263,7 +268,7 @@ def experiment(
     cases : sequence of Case
         What is measured.
     counted : Counted, optional
-        Where the counts are sums over columns of ``rounds``.
+        Where the counts are sums over columns of a table.
     derive : callable, optional
         Where tables follow from those of the run in another way. Without ``counted`` or ``derive``
         the function answers ``counts`` itself.
@@ -331,7 +336,7 @@ def _derivation(
 
     def both(tables: Tables) -> Tables:
         more = {} if derive is None else derive(tables)
-        return {"counts": counted.table(tables["rounds"])} | more
+        return {"counts": counted.table(tables[counted.of])} | more
 
     return both
 
