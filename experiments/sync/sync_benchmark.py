@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _TAIL_POINTS = 60
 _ROWS_KEPT = 1_200  # of the history of a cell
+_IN_TIME = 0.97  # of the rate that was asked for: else the writer is the limit
 _PROCESS_MOST = 200_000  # writes per second: what a process in Python may still keep up with
 # What decides when the follower is woken, and the timer by which it polls anyway, seconds.
 _WAKEUPS = {
@@ -121,7 +122,8 @@ def matrix(
         Every strategy at every rate (the double map at its own) and the first size; every
         strategy with the other sizes at the base rate, and events at the highest; those who are
         woken with wakeup policies, at the highest rate; a process as writer, whom nobody but a
-        poll and a hook sees, up to 200,000 a second; the saturation search.
+        poll and a hook sees, up to 200,000 a second, and by batches at the base rate; the
+        saturation search.
     """
     first, *others = sizes
     base, highest = rates[min(1, len(rates) - 1)], rates[-1]
@@ -131,6 +133,7 @@ def matrix(
         for name, at in (("hook", [*rates, _PROCESS_MOST]), ("poll 10 ms", [base, _PROCESS_MOST]))
         for rate in at
     ]
+    cells += [Cell(name, base, first, writer="batches") for name in ("hook", "poll 10 ms")]
     cells += [Cell(DOUBLE_MAP, rate, first, writer="publisher") for rate in switched]
     for size in others:
         cells += [Cell(name, base, size) for name in _PLAIN]
@@ -316,7 +319,10 @@ def _derive(tables: Tables) -> Tables:
     """Counts, and the cells in which each strategy has the writer it is for.
 
     ``usual`` has the rows of ``cells`` with that writer, the first size and the usual wakeup, and
-    in ``load`` which rate it is: middle, lowest, highest, or other.
+    in ``load`` which rate it is: middle, lowest, highest, or other. ``ends`` tells how far those
+    went that were searched for their saturation: ``strategy``, ``rate`` (the lowest one at which
+    somebody ended, else the highest that was tried) and ``ended``: follower (events found no room,
+    in most rounds), writer (it did not reach the rate), nobody.
     """
     cells = tables["cells"]
     usual = cells[
@@ -342,7 +348,20 @@ def _derive(tables: Tables) -> Tables:
             cost_ns=float(np.average(rows["follower_ns"], weights=rows["operations"])),
             anomaly=None if fixed else "version passed over",
         )
-    return {"counts": triad.table(), "usual": usual}
+    return {"counts": triad.table(), "usual": usual, "ends": _ends(usual, rates["highest"])}
+
+
+def _ends(usual: pd.DataFrame, highest: int) -> pd.DataFrame:
+    rows = []
+    searched = usual[usual["rate"] > highest]
+    for name, of in searched.groupby("strategy", sort=False):
+        ends = []
+        for rate, rounds in of.groupby("rate"):
+            drops = rounds["dropped"].gt(0).mean() > 0.5
+            late = (rounds["achieved"] / rounds["rate"]).median() < _IN_TIME
+            ends.append((name, rate, "follower" if drops else "writer" if late else "nobody"))
+        rows.append(next((end for end in ends if end[2] != "nobody"), ends[-1]))
+    return pd.DataFrame(rows, columns=["strategy", "rate", "ended"])
 
 
 def _loads(usual: pd.DataFrame) -> dict[str, int]:
@@ -454,6 +473,9 @@ def _cost(run: Run) -> Figure:
     cells = run.table("usual")
     figure, axes = pyplot.subplots(2, 2, figsize=(_WIDE, 5.2))
     _throughput(axes[0, 0], axes[1, 0], cells)
+    for end in run.table("ends").query("strategy == 'events'").itertuples():
+        axes[0, 0].set_title(f"events, up to {end.rate:,}/s: {end.ended} ended", loc="right",
+                             fontsize=6.5, fontweight="normal")  # fmt: skip
     _against_rate(axes[0, 1], cells, "follower_ns", 1e3)
     axes[0, 1].set_ylabel("follower's CPU\n(s per million changes)")
     _wakeups(axes[1, 1], run)
