@@ -595,7 +595,13 @@ def write_by_batches(
     times: npt.NDArray[np.uint64],
     progress: npt.NDArray[np.uint64],
 ) -> None:
-    """As `write_by_calls`, `BATCH` writes by one system call, when the last of them is intended."""
+    """Update a map by one system call for `BATCH` writes, when the last of them is intended.
+
+    Parameters
+    ----------
+    table, order, intended_ns, times, progress
+        As for `write_by_calls`.
+    """
     values, clock = _values(table, order["version"]), time.monotonic_ns
     for begin in range(0, len(order), BATCH):
         some = slice(begin, begin + BATCH)
