@@ -690,7 +690,7 @@ def _by_call(
 
     def read() -> int:
         count.value = len(keys)
-        where = map(native.address, (place, keys, values))
+        where = [native.address(part) for part in (place, keys, values)]
         libbpf.api().bpf_map_lookup_batch(table.fd, None, *where, counted, opted)
         return count.value
 

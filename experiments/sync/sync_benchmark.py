@@ -30,6 +30,7 @@ from labkit.sync.trace_hook import Hooks, TraceHook
 
 _TAIL_POINTS = 60
 _ROWS_KEPT = 1_200  # of the history of a cell
+_IN_TIME = 0.97  # of the rate that was asked for: else the writer is the limit
 _PROCESS_MOST = 200_000  # writes per second: what a process in Python may still keep up with
 # What decides when the follower is woken, and the timer by which it polls anyway, seconds.
 _WAKEUPS = {
@@ -117,7 +118,8 @@ def matrix(
         Every strategy at every rate (the double map at its own) and the first size; every
         strategy with the other sizes at the base rate, and events at the highest; those who are
         woken with wakeup policies, at the highest rate; a process as writer, whom nobody but a
-        poll and a hook sees, up to 200,000 a second; the saturation search.
+        poll and a hook sees, up to 200,000 a second, and by batches at the base rate; the
+        saturation search.
     """
     first, *others = sizes
     base, highest = rates[min(1, len(rates) - 1)], rates[-1]
@@ -127,6 +129,7 @@ def matrix(
         for name, at in (("hook", [*rates, _PROCESS_MOST]), ("poll 10 ms", [base, _PROCESS_MOST]))
         for rate in at
     ]
+    cells += [Cell(name, base, first, writer="batches") for name in ("hook", "poll 10 ms")]
     cells += [Cell(DOUBLE_MAP, rate, first, writer="publisher") for rate in switched]
     for size in others:
         cells += [Cell(name, base, size) for name in _PLAIN]
@@ -312,7 +315,10 @@ def _derive(tables: Tables) -> Tables:
     """Counts, and the cells in which each strategy has the writer it is for.
 
     ``usual`` has the rows of ``cells`` with that writer, the first size and the usual wakeup, and
-    in ``load`` which rate it is: middle, lowest, highest, or other.
+    in ``load`` which rate it is: middle, lowest, highest, or other. ``ends`` tells how far those
+    went that were searched for their saturation: ``strategy``, ``rate`` (the lowest one at which
+    somebody ended, else the highest that was tried) and ``ended``: follower (events found no room,
+    in most rounds), writer (it did not reach the rate), nobody.
     """
     cells = tables["cells"]
     usual = cells[
@@ -338,7 +344,20 @@ def _derive(tables: Tables) -> Tables:
             cost_ns=float(np.average(rows["follower_ns"], weights=rows["operations"])),
             anomaly=None if fixed else "version passed over",
         )
-    return {"counts": triad.table(), "usual": usual}
+    return {"counts": triad.table(), "usual": usual, "ends": _ends(usual, rates["highest"])}
+
+
+def _ends(usual: pd.DataFrame, highest: int) -> pd.DataFrame:
+    rows = []
+    searched = usual[usual["rate"] > highest]
+    for name, of in searched.groupby("strategy", sort=False):
+        ends = []
+        for rate, rounds in of.groupby("rate"):
+            drops = rounds["dropped"].gt(0).mean() > 0.5
+            late = (rounds["achieved"] / rounds["rate"]).median() < _IN_TIME
+            ends.append((name, rate, "follower" if drops else "writer" if late else "nobody"))
+        rows.append(next((end for end in ends if end[2] != "nobody"), ends[-1]))
+    return pd.DataFrame(rows, columns=["strategy", "rate", "ended"])
 
 
 def _loads(usual: pd.DataFrame) -> dict[str, int]:
@@ -398,19 +417,19 @@ def _latency(run: Run) -> Figure:
     Returns
     -------
     matplotlib.figure.Figure
-        For each rate, the share of changes that were seen by a time, and below it, on two
-        logarithmic axes, the share that was later, pooled over the rounds; then p50, p99 and
-        p99.9 against the rate, medians with 95 % intervals over the rounds (their range
-        where there are too few).
+        For the lowest, the second and the highest rate, the share of changes that were seen by a
+        time, and below it, on two logarithmic axes, the share that was later, pooled over the
+        rounds; then p50, p99 and p99.9 against the rate, medians with 95 % intervals over the
+        rounds (their range where there are too few).
     """
     from matplotlib import pyplot
 
     cells = run.table("usual")
-    rates = _rates(run)
+    rates = sorted(set(_loads(cells).values()))
     figure = pyplot.figure(figsize=(_WIDE, 7.2))
     grid = figure.add_gridspec(3, 6)
     first: tuple[Axes | None, Axes | None] = (None, None)
-    for i, rate in enumerate(rates[:3]):
+    for i, rate in enumerate(rates):
         columns = slice(2 * i, 2 * i + 2)
         above = figure.add_subplot(grid[0, columns], sharex=first[0], sharey=first[0])
         below = figure.add_subplot(grid[1, columns], sharex=above, sharey=first[1])
@@ -423,7 +442,7 @@ def _latency(run: Run) -> Figure:
         below.set_xlabel("latency (ms)", loc="right")
     for i, name in enumerate(("p50_ns", "p99_ns", "p99.9_ns")):
         ax = figure.add_subplot(grid[2, 2 * i : 2 * i + 2])
-        _against_rate(ax, cells[cells["rate"].isin(rates)], name, 1e6)
+        _against_rate(ax, cells[cells["rate"] <= rates[-1]], name, 1e6)
         ax.set_title(f"{name[:-3]} against the rate")
         if i == 0:
             ax.set_ylabel("latency (ms)")
@@ -450,6 +469,9 @@ def _cost(run: Run) -> Figure:
     cells = run.table("usual")
     figure, axes = pyplot.subplots(2, 2, figsize=(_WIDE, 5.2))
     _throughput(axes[0, 0], axes[1, 0], cells)
+    for end in run.table("ends").query("strategy == 'events'").itertuples():
+        axes[0, 0].set_title(f"events, up to {end.rate:,}/s: {end.ended} ended", loc="right",
+                             fontsize=6.5, fontweight="normal")  # fmt: skip
     _against_rate(axes[0, 1], cells, "follower_ns", 1e3)
     axes[0, 1].set_ylabel("follower's CPU\n(s per million changes)")
     _wakeups(axes[1, 1], run)
@@ -480,12 +502,6 @@ def _freshness(run: Run, *, ax: Axes | None = None) -> Axes:
     ax.set_ylabel("replica is fresh (probability)")
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1.01), ncols=2, fontsize=6)
     return ax
-
-
-def _rates(run: Run) -> list[int]:
-    rates = run.parameters["rates"]
-    assert isinstance(rates, list)
-    return sorted(int(rate) for rate in rates)
 
 
 def _named(cells: pd.DataFrame) -> list[str]:

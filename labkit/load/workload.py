@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +37,12 @@ _FLOOR_CALLS = 2_000
 _NAP_NS = 300_000  # before a switch is due its writer is awake, as a sleep may end late
 QUIET_S = 0.015  # longer than the poll intervals and timers of the strategies that are compared
 
-WRITERS = ("program", "process")
+WRITERS = ("program", "process", "batches")
 """``program``: a kernel program that writes and emits events. ``process``: one that updates the
-map by system calls, an update at a time, and tells nobody."""
+map by system calls, an update at a time, and tells nobody. ``batches``: one that collects `BATCH`
+changes before it makes a system call for them."""
+
+BATCH = 50
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,8 @@ class Load(Holding):
 
             def write() -> None:
                 start[0] = time.monotonic_ns() + _LEAD_NS + 200 * count  # for its preparations
-                write_by_calls(self.table, order, order["due_ns"] + start[0], times, progress)
+                by = write_by_calls if writer == "process" else write_by_batches
+                by(self.table, order, order["due_ns"] + start[0], times, progress)
 
         news, cpu_ns, wall_ns = _followed(strategy, write, start, progress, count)
         if writer == "program":
@@ -230,9 +235,10 @@ class Load(Holding):
 
     def _level(self) -> None:
         """Bring all keys to one version: then steps of versions count the changes of a run."""
-        words = np.full((self._keys, self.table.value_size // 8), self._version, np.uint64)
-        values = words.view(self.table.value_dtype)[:, 0]
-        self.table.update_many(np.arange(self._keys, dtype=np.uint64), values)
+        versions = np.full(self._keys, self._version, np.uint64)
+        self.table.update_many(
+            np.arange(self._keys, dtype=np.uint64), _values(self.table, versions)
+        )
 
 
 class Generations(Holding):
@@ -427,6 +433,13 @@ def _value(value_bytes: int) -> npt.DTypeLike:
     return [("version", "u8"), ("rest", "u8", (value_bytes // 8 - 1,))]
 
 
+def _values(table: Map, versions: npt.NDArray[np.uint64]) -> npt.NDArray[Any]:
+    """Values of these versions, every word of them the version."""
+    words = np.repeat(versions, table.value_size // 8).reshape(len(versions), -1)
+    values: npt.NDArray[Any] = words.view(table.value_dtype)[:, 0]
+    return values
+
+
 def mixed_reads(news: list[Changes], keys: int, version: int) -> int:
     """How often a read of the replica would have found keys at different versions.
 
@@ -531,6 +544,32 @@ def write_by_calls(
             raise BadInput("The map refused an update of a key that it holds.")
         after[i] = clock()
     times[:, 0], times[:, 1] = before, after
+    progress[0] = len(order)
+
+
+def write_by_batches(
+    table: Map,
+    order: npt.NDArray[np.void],
+    intended_ns: npt.NDArray[np.uint64],
+    times: npt.NDArray[np.uint64],
+    progress: npt.NDArray[np.uint64],
+) -> None:
+    """Update a map by one system call for `BATCH` writes, when the last of them is intended.
+
+    Parameters
+    ----------
+    table, order, intended_ns, times, progress
+        As for `write_by_calls`.
+    """
+    values, clock = _values(table, order["version"]), time.monotonic_ns
+    for begin in range(0, len(order), BATCH):
+        some = slice(begin, begin + BATCH)
+        keys, due = order["key"][some], int(intended_ns[some][-1])
+        while clock() < due:
+            pass
+        times[some, 0] = clock()
+        table.update_many(keys, values[some])
+        times[some, 1] = clock()
     progress[0] = len(order)
 
 
