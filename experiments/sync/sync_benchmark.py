@@ -116,7 +116,8 @@ def matrix(
     -------
     list of Cell
         Every strategy at every rate (the double map at its own) and the first size; every
-        strategy with the other sizes at the base rate, and events at the highest; those who are
+        strategy with the largest size at the base rate, and events at the highest; some with the
+        sizes between; those who are
         woken with wakeup policies, at the highest rate; a process as writer, whom nobody but a
         poll and a hook sees, up to 200,000 a second, and by batches at the base rate; the
         saturation search.
@@ -131,7 +132,10 @@ def matrix(
     ]
     cells += [Cell(name, base, first, writer="batches") for name in ("hook", "poll 10 ms")]
     cells += [Cell(DOUBLE_MAP, rate, first, writer="publisher") for rate in switched]
-    for size in others:
+    for size in others[:-1]:
+        cells += [Cell(name, base, size) for name in _TIMED]
+        cells.append(Cell("hook", base, size, writer="process"))
+    for size in others[-1:]:
         cells += [Cell(name, base, size) for name in _PLAIN]
         cells += [
             Cell("hook", base, size, writer="process"),
@@ -653,14 +657,14 @@ def _legend(figure: Figure) -> None:
     needs=("bpf", "compile", "test_run", "two_cpus", "hash", "batch_hash", "ringbuf",
            "mmapable_array", "map_in_map"),
     quick={
-        "rates": [1_000, 10_000, 100_000], "sizes": [8, 1024], "saturation": [1_000_000],
-        "wakeups": ["never"], "switched": [10_000, 100_000], "switches": 24,
+        "rates": [1_000, 10_000, 20_000, 100_000], "sizes": [8, 64, 1024],
+        "saturation": [1_000_000], "wakeups": [], "switched": [10_000, 100_000], "switches": 24,
         "rounds": 9, "others_every": 4, "within_s": 30.0, "seconds": 0.13, "warm_up_s": 0.02,
         "keys": 200, "most_operations": 100_000, "ring_bytes": 1 << 22, "seed": 1,
     },
     full={
-        "rates": [1_000, 10_000, 100_000], "sizes": [8, 64, 1024],
-        "saturation": [200_000, 500_000, 1_000_000, 2_000_000],
+        "rates": [1_000, 10_000, 20_000, 100_000], "sizes": [8, 64, 1024],
+        "saturation": [200_000, 500_000, 1_000_000, 2_000_000, 4_000_000, 8_000_000],
         "wakeups": ["always", "every-n", "adaptive", "never"],
         "switched": [1_000, 5_000, 10_000, 100_000], "switches": 40,
         "rounds": 7, "others_every": 1, "within_s": 700.0, "seconds": 1.0, "warm_up_s": 0.1,
