@@ -96,11 +96,13 @@ static inline bool watched(u32 id, struct target *of)
 
 /* A size that never is more than the room; the verifier does not know it. Kernel 6.1 forgets what a
  * comparison told it of a number that the compiler has put aside before: so the same register is
- * compared and bounded, and whatever is put aside comes from there.
+ * compared and bounded, and whatever is put aside comes from there. The verifier goes on behind a
+ * jump that is not taken first: there any size fits, so that it is done with the other way at once.
  */
 static inline u64 bounded(u64 size, u32 room)
 {
-	asm volatile("if %[size] <= %[room] goto +1\n"
+	asm volatile("if %[size] > %[room] goto +1\n"
+		     "goto +1\n"
 		     "%[size] = %[room]"
 		     : [size] "+r"(size)
 		     : [room] "i"(room));

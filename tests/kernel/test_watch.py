@@ -500,11 +500,9 @@ def test_a_name_of_several_maps_is_refused_with_who_holds_them() -> None:
 
 
 @pytest.mark.parametrize("payload", [True, False])
-def test_the_verifier_accepts_the_program_of_each_function(table: Map, payload: bool) -> None:
+def test_the_verifier_accepts_the_program_of_each_function(payload: bool) -> None:
     """Also where this kernel lets nobody attach there, which it says with EPERM in the end."""
     rooms = {"KEY_ROOM": 4, "VALUE_ROOM": 16} if payload else {"KEY_ROOM": 0, "VALUE_ROOM": 0}
-    if payload:
-        rooms["TARGETS_FD"] = table.fd
     constants = {
         **trace_hook.way_to_map(), **rooms, "PROG_AUX_AT": 0, "AUX_ID_AT": 0, "MAP_TYPE_AT": 0,
         "WITH_STACK": 1,
@@ -512,9 +510,11 @@ def test_the_verifier_accepts_the_program_of_each_function(table: Map, payload: 
     functions = {name: to for each in watch_hooks.FUNCTIONS.values() for name, to in each.items()}
     with (
         Channel.create(4096, programs=2) as channel,
+        Map.create(MapKind.HASH, key="u4", value=watch_hooks.TARGET, max_entries=1) as targets,
         programs.load(
             "watch_functions",
             **constants,
+            **({"TARGETS_FD": targets.fd} if payload else {}),
             RING_FD=channel.ring.fd,
             COUNTS_FD=channel.counts.fd,
         ) as unit,
