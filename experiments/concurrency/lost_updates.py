@@ -18,8 +18,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from labkit.errors import TimedOut
-from labkit.figures import Axes, stacked, style
-from labkit.judge.statistics import bootstrap, wilson, zero_bound
+from labkit.figures import Axes, rate_point, stacked, style
+from labkit.judge.statistics import bootstrap
 from labkit.kernel import libbpf, programs
 from labkit.kernel.libbpf import MapKind, ProgramKind, UpdateFlag
 from labkit.kernel.maps import Map
@@ -58,13 +58,7 @@ def _lost(run: Run, ax: Axes) -> None:
     for y, case in enumerate(_DRAWN):
         variant = "broken" if case in run.cases("broken") else "fixed"
         count, look = run.count(variant, case), style.VARIANT[variant]
-        if count.anomalies:
-            rate = wilson(count.anomalies, count.operations)
-            spread = [[100 * (rate.estimate - rate.low)], [100 * (rate.high - rate.estimate)]]
-            ax.errorbar(100 * rate.estimate, y, xerr=spread, **look.points())
-        else:
-            bound = 100 * zero_bound(count.operations)
-            ax.errorbar(bound, y, xerr=bound / 2, xuplims=True, **look.points(), mfc="white")
+        rate_point(ax, y, count.anomalies, count.operations, look, per=100)
     style.logarithmic(ax, ticks=6)
     ax.set_yticks(range(len(_DRAWN)), [run.label(case) for case in _DRAWN])
     ax.set_ylim(len(_DRAWN) - 0.5, -0.5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
 from contextlib import ExitStack
 from threading import Event
@@ -12,8 +11,7 @@ import numpy as np
 import pandas as pd
 
 from labkit.errors import BadInput
-from labkit.figures import Axes, style
-from labkit.judge.statistics import wilson, zero_bound
+from labkit.figures import Axes, rates_against, style
 from labkit.kernel import programs
 from labkit.kernel.libbpf import MapFlag
 from labkit.kernel.parallel import together
@@ -75,17 +73,8 @@ def _figure(run: Run, *, ax: Axes | None = None) -> Axes:
             absent=("absent", "sum"),
         )  # fmt: skip
         used = by_hold["reads"] - by_hold["absent"]
-        rates = [wilson(int(f), int(n)) for f, n in zip(by_hold["foreign"], used, strict=True)]
-        ax.errorbar(
-            by_hold["ns"], [1e6 * rate.estimate or math.nan for rate in rates],
-            yerr=[[1e6 * (rate.estimate - rate.low) for rate in rates],
-                  [1e6 * (rate.high - rate.estimate) for rate in rates]],
-            label=None if fixed else label, **look.line(),
-        )  # fmt: skip
-        clean = by_hold["foreign"] == 0
-        bounds = [1e6 * zero_bound(int(n)) for n in used[clean]]
-        ax.errorbar(by_hold["ns"][clean], bounds, yerr=[0.4 * bound for bound in bounds],
-                    uplims=True, mfc="white", **look.points())  # fmt: skip
+        shown = None if fixed else label
+        rates_against(ax, by_hold["foreign"], used, look, shown, x=by_hold["ns"])
     ax.plot([], [], mfc="white", label="with a cure", **style.VARIANT["fixed"].points())
     ax.set_yscale("log")
     ax.set_xlabel("ns from lookup to end of use\n(hollow: none, bound at 95 %)", loc="right")

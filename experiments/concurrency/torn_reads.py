@@ -16,8 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from labkit.errors import BadInput, TimedOut
-from labkit.figures import Axes, Figure, style
-from labkit.judge.statistics import wilson, zero_bound
+from labkit.figures import Axes, Figure, rates_against, style
 from labkit.kernel import libbpf, programs
 from labkit.kernel.libbpf import UpdateFlag
 from labkit.kernel.maps import PER_CPU, Map, MapError
@@ -136,20 +135,7 @@ def _figure(run: Run) -> Figure:
 def _against_size(ax: Axes, rows: pd.DataFrame) -> None:
     for series, (table, label) in enumerate(_KINDS.items()):
         sums = rows[rows["table"] == table].groupby("size")[["torn", "reads"]].sum()
-        look = style.look(series)
-        rates = [wilson(int(t), int(n)) for t, n in zip(sums["torn"], sums["reads"], strict=True)]
-        # Not a number where none was torn: the line breaks there.
-        estimates = [1e6 * rate.estimate or math.nan for rate in rates]
-        ax.errorbar(
-            sums.index, estimates,
-            yerr=[[1e6 * (rate.estimate - rate.low) for rate in rates],
-                  [1e6 * (rate.high - rate.estimate) for rate in rates]],
-            label=label, **look.line(),
-        )  # fmt: skip
-        clean = sums[sums["torn"] == 0]
-        bounds = [1e6 * zero_bound(int(reads)) for reads in clean["reads"]]
-        ax.errorbar(clean.index, bounds, yerr=[0.4 * bound for bound in bounds], uplims=True,
-                    mfc="white", **look.points())  # fmt: skip
+        rates_against(ax, sums["torn"], sums["reads"], style.look(series), label, x=sums.index)
     sizes = sorted(rows["size"].unique())
     ax.set_xscale("log", base=2)
     ax.set_xticks(sizes, [f"{size}" for size in sizes], fontsize=6)

@@ -8,6 +8,7 @@ that it made. `anomaly_rates` serves all whose result is how often something goe
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,14 +106,7 @@ def anomaly_rates(run: Run, *, ax: Axes | None = None) -> Axes:
         zip(rows["variant"], rows["case"], rows["operations"], rows["anomalies"], strict=True)
     ):
         labels.append(run.label(case) if case else variant)
-        look = style.VARIANT[variant]
-        if anomalies:
-            rate = wilson(int(anomalies), int(operations))
-            spread = [[rate.estimate - rate.low], [rate.high - rate.estimate]]
-            ax.errorbar(rate.estimate, y, xerr=spread, **look.points())
-        else:
-            bound = zero_bound(int(operations))
-            ax.errorbar(bound, y, xerr=bound / 2, xuplims=True, **look.points(), mfc="white")
+        rate_point(ax, y, int(anomalies), int(operations), style.VARIANT[variant])
     for variant in VARIANTS:
         if (rows["variant"] == variant).any():
             ax.plot([], [], **style.VARIANT[variant].points(), label=variant)
@@ -122,6 +116,44 @@ def anomaly_rates(run: Run, *, ax: Axes | None = None) -> Axes:
     ax.set_xlabel(f"{words} per operation\n(hollow: none seen, bound at 95 %)", loc="right")
     style.legend_above(ax, len(VARIANTS), columnspacing=1.2, handletextpad=0.2)
     return ax
+
+
+def rate_point(
+    ax: Axes, y: float, anomalies: int, operations: int, look: style.Look, *, per: float = 1.0
+) -> None:
+    """Draw a rate with its 95 % interval, or the bound of one that was not seen.
+
+    Of ``ax`` at ``y``, in the ``look``: ``anomalies`` in ``per`` of so many ``operations``.
+    """
+    if anomalies:
+        rate = wilson(anomalies, operations)
+        spread = [[per * (rate.estimate - rate.low)], [per * (rate.high - rate.estimate)]]
+        ax.errorbar(per * rate.estimate, y, xerr=spread, **look.points())
+    else:
+        bound = per * zero_bound(operations)
+        ax.errorbar(bound, y, xerr=bound / 2, xuplims=True, **look.points(), mfc="white")
+
+
+def rates_against(
+    ax: Axes, anomalies: pd.Series[int], operations: pd.Series[int], look: style.Look,
+    label: str | None, *, x: Any,
+) -> None:  # fmt: skip
+    """Draw rates per million with their 95 % intervals as a line, and the bounds of those unseen.
+
+    Of ``ax`` at each of ``x``, in the ``look`` and under the ``label``: ``anomalies`` in
+    ``operations``. The line breaks where none was seen.
+    """
+    rates = [wilson(int(a), int(n)) for a, n in zip(anomalies, operations, strict=True)]
+    ax.errorbar(
+        x, [1e6 * rate.estimate or math.nan for rate in rates],
+        yerr=[[1e6 * (rate.estimate - rate.low) for rate in rates],
+              [1e6 * (rate.high - rate.estimate) for rate in rates]],
+        label=label, **look.line(),
+    )  # fmt: skip
+    clean = anomalies == 0
+    bounds = [1e6 * zero_bound(int(n)) for n in operations[clean]]
+    ax.errorbar(x[clean], bounds, yerr=[0.4 * bound for bound in bounds], uplims=True,
+                mfc="white", **look.points())  # fmt: skip
 
 
 def times_of_changes(ax: Axes, costs: pd.DataFrame, *, unit: str, unit_ns: float) -> None:
