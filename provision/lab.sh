@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # JupyterLab on this machine's own address only, with a token that is new each time. LAB_PORT is its
-# port, LAB_NOTEBOOKS the folder that it shows. (lab-service.sh, in a throw-away VM, sets
-# JUPYTER_TOKEN and, for VirtualBox, LAB_LISTEN.)
+# port; LAB_NOTEBOOKS is a folder to show in place of .lab/notebooks, where copies of the notebooks
+# are made. (lab-service.sh, in a throw-away VM, sets JUPYTER_TOKEN and, for VirtualBox, LAB_LISTEN.)
 
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

@@ -16,6 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Final
 from labkit.errors import BadInput, LabError, TimedOut
 from labkit.kernel.leftovers import temporary_folder
 from labkit.kernel.parallel import die_with_parent
+from labkit.lab import front
 
 _START_LIMIT_S: Final = 180.0  # where the CPU is emulated it takes a minute
 _END_LIMIT_S: Final = 15.0  # Jupyter ends its kernels first
@@ -31,6 +33,7 @@ _SOCKET_PATH_BYTES: Final = 107  # sun_path, with a NUL
 _SOCKET_NAME_BYTES: Final = len("/kernel-01234567-89ab-cdef-0123-456789abcdef-ipc-99")
 _ASK_EVERY_S: Final = 0.2
 _ANSWER_S: Final = 30.0
+_FRONT_LIMIT_S: Final = 20.0
 _ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1"}
 # Places of configuration, and what ties to make the commands that a user gives in a terminal.
 _WITHOUT: Final = (
@@ -38,7 +41,9 @@ _WITHOUT: Final = (
 )  # fmt: skip
 
 
-def serve(listen: str, port: int, notebooks: Path, token: str = "") -> int:
+def serve(
+    listen: str, port: int, notebooks: Path, token: str = "", first_page: Sequence[str] = ()
+) -> int:
     """Run JupyterLab until it ends.
 
     Parameters
@@ -51,6 +56,8 @@ def serve(listen: str, port: int, notebooks: Path, token: str = "") -> int:
         Folder that it shows.
     token : str
         What it asks for; by default a new one, which is then shown with the address.
+    first_page : sequence of str, optional
+        Command that makes the first page, `labkit.lab.front.START`, while Jupyter starts.
 
     Returns
     -------
@@ -72,20 +79,34 @@ def serve(listen: str, port: int, notebooks: Path, token: str = "") -> int:
             raise BadInput("TMPDIR has too long a path for its kernels' sockets: name a short one.")
         settings = _settings(listen, port, notebooks, asked)
         for name, content in settings.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(json.dumps(content))
+        making = subprocess.Popen(first_page, preexec_fn=_with_parent) if first_page else None
         jupyter = subprocess.Popen(
             [str(Path(sys.executable).parent / "jupyter-lab"), *_allowed_as_root()],
             env=_environment(folder),
-            preexec_fn=die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=_with_parent,
         )
         try:
             with suppress(_Ended):
                 _await_guarded(jupyter, f"http://{_ANYWHERE.get(listen, listen)}:{port}", asked)
+                if making is not None:
+                    with suppress(subprocess.TimeoutExpired):  # the page is there, without states
+                        making.wait(_FRONT_LIMIT_S)
                 shown = f"?token={asked}" if not token else ", with the token that was set"
-                _say(f"JupyterLab: http://{_ANYWHERE.get(listen, listen)}:{port}/lab{shown}")
+                page = f"/tree/{front.START}" if first_page else ""
+                _say(f"JupyterLab: http://{_ANYWHERE.get(listen, listen)}:{port}/lab{page}{shown}")
             return jupyter.wait()
         finally:
+            if making is not None:
+                making.kill()
+                making.wait()
             _end(jupyter)
+
+
+def _with_parent() -> None:
+    if sys.platform == "linux":
+        die_with_parent()
 
 
 class _Ended(Exception):
@@ -110,6 +131,16 @@ def _settings(listen: str, port: int, notebooks: Path, token: str) -> dict[str, 
         },
         # Read after all the others, from the whole search path: ours is the first of it.
         "jupyter_lab_config.json": guarded,
+        "labconfig/default_setting_overrides.json": {
+            "@jupyterlab/apputils-extension:notification": {
+                "fetchNews": "false",
+                "checkForUpdates": False,
+            },
+            "@jupyterlab/docmanager-extension:plugin": {
+                "defaultViewers": {"markdown": "Markdown Preview"},
+            },
+            "@jupyterlab/filebrowser-extension:browser": {"showLastModifiedColumn": False},
+        },
     }
 
 
@@ -189,11 +220,16 @@ def _main() -> int:
     # Ctrl-C is Jupyter's: it asks, and this process waits for its end.
     signal.signal(signal.SIGINT, lambda *_: None)
     checkout = Path(__file__).resolve().parents[2]
+    folder, first_page = Path(os.environ.get("LAB_NOTEBOOKS", "")), list[str]()
+    if not os.environ.get("LAB_NOTEBOOKS"):
+        folder = checkout / ".lab" / "notebooks"
+        first_page = front.prepare(checkout / "notebooks", folder, checkout / "runs")
     return serve(
         os.environ.get("LAB_LISTEN") or "127.0.0.1",
         int(port),
-        Path(os.environ.get("LAB_NOTEBOOKS") or checkout / "notebooks"),
+        folder,
         os.environ.get("JUPYTER_TOKEN", ""),
+        first_page,
     )
 
 

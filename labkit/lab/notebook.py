@@ -29,6 +29,7 @@ from labkit.lab.catalogue import draw, find, judge, latest, recorded
 from labkit.lab.experiment import Experiment
 from labkit.lab.pages import render, table
 from labkit.lab.progress import KEPT
+from labkit.lab.turns import turn
 from labkit.lab.verdicts import evaluate
 from labkit.lab.worker import Worker
 from labkit.runs import PROFILES, Run
@@ -423,16 +424,21 @@ class Investigation:
     def _measured(self, experiment: str, progress: _Progress) -> Run:
         """Measure by a worker; the next one gets ready while this run is drawn."""
         ready, self._ready = self._ready, None
+        limit_s = self.time_limit_s or worker.TIME_LIMIT_S[self.profile]
         try:
-            return worker.measure(
-                experiment,
-                self.profile,
-                self.changes.get(experiment),
-                folder=self.runs_folder,
-                time_limit_s=self.time_limit_s,
-                say=progress.say,
-                worker=ready,
-            )
+            who = f"{self.name} measures {experiment}"
+            with turn(self.runs_folder, who, progress.say, limit_s * worker.patience()):
+                return worker.measure(
+                    experiment,
+                    self.profile,
+                    self.changes.get(experiment),
+                    folder=self.runs_folder,
+                    time_limit_s=self.time_limit_s,
+                    say=progress.say,
+                    worker=ready,
+                )
+        except KeyboardInterrupt:
+            raise Stopped(experiment) from None
         finally:
             self._ready = Worker()
 
@@ -475,6 +481,24 @@ class Investigation:
 
     def _all(self, *states: str) -> list[Outcome]:
         return [one for one in self._outcomes.values() if one.state in states]
+
+
+class Stopped(KeyboardInterrupt):
+    """The user stopped a measurement: a notebook shows a sentence, and no traceback.
+
+    Parameters
+    ----------
+    experiment : str
+        What was measured.
+    """
+
+    def __init__(self, experiment: str) -> None:
+        super().__init__(
+            f"{experiment} was stopped, and no run of it was saved; run the cell again to measure."
+        )
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
 
 
 class _Progress:

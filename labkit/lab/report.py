@@ -157,7 +157,7 @@ def make_report(
             begun, pages = time.monotonic(), []
             with _kernel_environment() as sockets:
                 # A notebook that only reads runs wants those of the others: its turn comes after.
-                for file in sorted(files, key=lambda file: not _measures(file)):
+                for file in sorted(files, key=lambda file: not measured_by(file)):
                     pages.append(_execute(file, partial, sockets, given, limit, say))
                     done(_summary(pages[-1]))
             say("making the pages")
@@ -187,8 +187,15 @@ def make_report(
     return FALLS_SHORT if no_verdicts or any(page.failed for page in pages) else 0
 
 
-def _measures(file: Path) -> bool:
-    return _MEASURES.search(file.read_text(encoding="utf-8").replace('\\"', '"')) is not None
+def measured_by(file: Path) -> list[str]:
+    """The experiments that a notebook measures, in order.
+
+    Parameters
+    ----------
+    file : Path
+        Of a notebook.
+    """
+    return _MEASURES.findall(file.read_text(encoding="utf-8").replace('\\"', '"'))
 
 
 def _write_claims(pages: list[_Page], partial: Path, ledger: Ledger) -> bool:

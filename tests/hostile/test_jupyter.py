@@ -72,7 +72,9 @@ def started(folder: Path, given: dict[str, str]) -> Iterator[tuple[subprocess.Po
             stdin=subprocess.DEVNULL, stdout=file, stderr=file,
         )  # fmt: skip
     try:
-        pattern = re.compile(r"^lab: JupyterLab: (http://127\.0\.0\.1:\d+)/lab\?token=(\w+)$", re.M)
+        pattern = re.compile(
+            r"^lab: JupyterLab: (http://127\.0\.0\.1:\d+)/lab\S*\?token=(\w+)$", re.M
+        )
         shown = until(lambda: pattern.search(log.read_text()) or lab.poll() is not None, "address")
         assert isinstance(shown, re.Match), log.read_text()
         yield lab, f"{shown[1]} {shown[2]}"

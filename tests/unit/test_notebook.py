@@ -205,3 +205,14 @@ def test_a_notebook_shows_an_error_of_the_lab_as_a_sentence() -> None:
 def test_the_doctor_is_shown(tmp_path: Path, shown: list[dict[str, Any]]) -> None:
     laboratory(tmp_path).doctor()
     assert "ringbuf" in text(shown) and "<table>" in shown[-1]["text/html"]
+
+
+def test_a_stop_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*arguments: object, **options: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "measure", stopped)
+    with pytest.raises(notebook.Stopped) as caught:
+        laboratory(tmp_path).measure("toy-counts")
+    (sentence,) = caught.value._render_traceback_()
+    assert sentence.startswith("toy-counts was stopped") and "\n" not in sentence
