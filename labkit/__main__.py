@@ -100,14 +100,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             named = os.fsdecode(error.filename)
             console.tell(f"{named!r} cannot be used ({error.strerror}): name another.")
             return LabError.status
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_LIMITS:
-            console.tell(f"A limit of this process is reached ({error}): raise it (ulimit -a).")
+        if _is_of_a_limit(error):
+            why = str(error) or "no memory is left"
+            console.tell(f"A limit of this process is reached ({why}): raise it (ulimit -a).")
             return LabError.status
         what = " ".join(f"{type(error).__name__}: {error}".split())
         console.tell(
             f"This is an error of the lab itself ({what}). LABKIT_TRACEBACK=1 shows where."
         )
         return OWN_ERROR
+
+
+def _is_of_a_limit(error: Exception) -> bool:
+    return (
+        isinstance(error, MemoryError)
+        or getattr(error, "errno", None) in _OF_LIMITS
+        or str(error) == "can't start new thread"  # CPython's words, of a plain RuntimeError
+    )
 
 
 def _doctor(chosen: argparse.Namespace) -> int:

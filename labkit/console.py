@@ -16,6 +16,7 @@ from typing import Final
 
 from labkit.errors import BadInput, LabError
 
+_MOST_NAME_BYTES: Final = 200  # of 255, as it is written beside its place under a longer name
 _PIECE: Final = 4096  # a pipe that can be written takes so much at once (PIPE_BUF)
 
 
@@ -67,7 +68,7 @@ def guarded_output() -> Iterator[Output]:
     sys.stdout = io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=usual.encoding,
-        errors=usual.errors,
+        errors="backslashreplace",  # names of any language, where the locale is C
         line_buffering=usual.isatty(),
     )
     try:
@@ -93,8 +94,10 @@ def require_replaceable(path: str | Path) -> None:
     Raises
     ------
     BadInput
-        A folder, device, FIFO, socket or link is there: it would be gone.
+        It is no name, or a folder, device, FIFO, socket or link is there: it would be gone.
     """
+    if not os.fspath(path) or len(os.fsencode(os.path.basename(path))) > _MOST_NAME_BYTES:
+        raise BadInput(f"A file's name has 1 to {_MOST_NAME_BYTES} bytes: give such a one.")
     with contextlib.suppress(OSError):  # what is not there
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise BadInput(

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import stat
+import sys
 import tarfile
 import zlib
 from collections.abc import Mapping
@@ -76,11 +77,11 @@ class Bundle:
             f"incident of {self.incident['made_at']}: {asked}; kernel {self.doctor['kernel']}, "
             f"labkit {self.incident['labkit']}",
             f"objects: {counts}",
-            self.diagnosis["text"],
+            *self.diagnosis["text"].split("\n"),
             *self._watched(),
             f"features that did not work there: {', '.join(lacks) or 'none'}",
         ]
-        return "\n".join(_plain(line) for text in lines for line in text.split("\n"))
+        return "\n".join(map(_plain, lines))
 
     def _watched(self) -> list[str]:
         watch = self.watch
@@ -217,6 +218,8 @@ def _misfit(value: Any, shape: Any, where: str) -> str:
     """Where a value differs from its shape; empty where it does not."""
     if isinstance(shape, type):
         fits = type(value) is shape or (shape is float and type(value) is int)
+        if fits and shape is float:  # an int may have more digits than a float holds
+            fits = abs(value) <= sys.float_info.max
         return "" if fits else where
     if isinstance(shape, list):
         if type(value) is not list:

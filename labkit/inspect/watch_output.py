@@ -301,7 +301,7 @@ class _ParquetFile(Closing):
         why = error.strerror or str(error)
         if error.errno == errno.EOPNOTSUPP:
             why = "this file system has no files without a name (O_TMPFILE), such as /tmp has"
-        return f"{self._path} cannot be written: {why}."
+        return f"{str(self._path)!r} cannot be written: {why}."
 
 
 def _column(rows: list[dict[str, Any]], name: str) -> list[Any]:

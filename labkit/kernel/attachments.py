@@ -30,7 +30,7 @@ from typing import Final
 
 from labkit.errors import Unavailable
 from labkit.kernel import btf, libbpf, netlink
-from labkit.kernel.objects import LinkObject, Objects, ProgramObject
+from labkit.kernel.objects import LinkObject, Objects, ProgramObject, mount_point
 
 _LIMIT_S: Final = 3.0
 """For the namespaces, and for the cgroups, of a machine."""
@@ -828,7 +828,7 @@ def _cgroup_tree() -> tuple[str, bool] | None:
             for line in lines:
                 mount, _, rest = line.partition(b" - ")
                 if rest.startswith(b"cgroup2 "):
-                    top = root + os.fsdecode(mount.split(b" ")[4])
+                    top = root + os.fsdecode(mount_point(mount))
                     return top, not os.path.exists(f"{top}/cgroup.events")
     return None
 

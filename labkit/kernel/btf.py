@@ -63,6 +63,11 @@ class _Type(NamedTuple):
     has_widths: bool  # each member's place has the width of a bit field in its upper byte
 
 
+class _Layout(NamedTuple):
+    dtype: np.dtype[Any]
+    scalars: int = 1  # that are shown, those of nested structs and arrays among them
+
+
 class _Member(NamedTuple):
     name: str
     type_id: int
@@ -94,7 +99,7 @@ def dtype_of(btf_id: int, type_id: int) -> np.dtype[Any] | None:
 def dtype_in(types: int, type_id: int) -> np.dtype[Any] | None:
     """Layout of a type in BTF that is open: see `dtype_of` and `opened`."""
     try:
-        return _layout(types, type_id, {})
+        return _layout(types, type_id, {}).dtype
     except _Inexpressible:
         return None
 
@@ -304,36 +309,37 @@ def _name(types: int, offset: int) -> str:
     return libbpf.shown(found)
 
 
-def _layout(
-    types: int, type_id: int, known: dict[int, np.dtype[Any]], depth: int = 0
-) -> np.dtype[Any]:
+def _layout(types: int, type_id: int, known: dict[int, _Layout], depth: int = 0) -> _Layout:
     """Layout of a type; ``known`` has those that were met before, however often they are nested."""
     if type_id not in known:
         if depth > _DEEPEST:
             raise _Inexpressible("nested too deep, or within itself")
         try:
-            known[type_id] = _new_layout(types, type_id, known, depth)
+            found = _new_layout(types, type_id, known, depth)
         except (ValueError, TypeError, OverflowError, MemoryError) as error:
             raise _Inexpressible(str(error)) from None  # a member outside, a size beyond an int
+        # The kernel lets members overlap: a few nested structs of one byte have fields without end.
+        if found.scalars > max(found.dtype.itemsize, _MOST_MEMBERS):
+            raise _Inexpressible("more fields than bytes")
+        known[type_id] = found
     return known[type_id]
 
 
-def _new_layout(
-    types: int, type_id: int, known: dict[int, np.dtype[Any]], depth: int
-) -> np.dtype[Any]:
+def _new_layout(types: int, type_id: int, known: dict[int, _Layout], depth: int) -> _Layout:
     one = _resolved(types, type_id)
     if one.kind == _INT:
         encoding = _integer_encoding(one)
         if encoding & 0xFF != one.size * 8:
             raise _Inexpressible("an integer with some bits of its bytes: an old bit field")
-        return _number("i" if encoding & _SIGNED else "u", one.size)
+        return _Layout(_number("i" if encoding & _SIGNED else "u", one.size))
     if one.kind == _ENUM:
-        return _number("u", one.size)
+        return _Layout(_number("u", one.size))
     if one.kind == _FLOAT:
-        return _number("f", one.size)
+        return _Layout(_number("f", one.size))
     if one.kind == _ARRAY:
         element, count = _element(one)
-        return np.dtype((_layout(types, element, known, depth + 1), (count,)))
+        each = _layout(types, element, known, depth + 1)
+        return _Layout(np.dtype((each.dtype, (count,))), each.scalars * count)
     if one.kind != _STRUCT:
         raise _Inexpressible(f"BTF kind {one.kind}")
     if one.members > _MOST_MEMBERS:
@@ -344,14 +350,15 @@ def _new_layout(
     names = [member.name or f"_anonymous{i}" for i, member in enumerate(members)]
     if len(set(names)) < len(names) or any(of.width or of.offset % 8 for of in members):
         raise _Inexpressible("two fields of one name, or bit fields")
-    return np.dtype(
-        {
-            "names": names,
-            "formats": [_layout(types, member.type_id, known, depth + 1) for member in members],
-            "offsets": [member.offset // 8 for member in members],
-            "itemsize": one.size,
-        }
-    )
+    inner = [_layout(types, member.type_id, known, depth + 1) for member in members]
+    layout = {
+        "names": names,
+        "formats": [each.dtype for each in inner],
+        "offsets": [member.offset // 8 for member in members],
+        "itemsize": one.size,
+    }
+    # Each member is shown, also an array without elements.
+    return _Layout(np.dtype(layout), sum(max(1, each.scalars) for each in inner))
 
 
 def _number(kind: str, size: int) -> np.dtype[Any]:

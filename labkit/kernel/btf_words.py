@@ -20,7 +20,7 @@ _ENUMERATOR: Final = struct.Struct("=Ii")
 _ENUMERATOR64: Final = struct.Struct("=IIi")
 _DEEPEST: Final = 32  # nested types; the kernel accepts no more than that (MAX_RESOLVE_DEPTH)
 _MOST_ELEMENTS: Final = 64  # of an array that are shown
-_MOST_TYPES: Final = 4096  # looked at: a few types that contain each other twice are very many
+_MOST_SHOWN: Final = 8192  # of all parts: a few types that contain each other twice are very many
 
 
 def words_of(btf_id: int, type_id: int) -> Words | None:
@@ -51,21 +51,21 @@ class _Reader:
     def __init__(self, types: int) -> None:
         self._types = types
         self.needed = False
-        self._looked_at = 0
+        self._shown = 0
 
-    def words(self, type_id: int, depth: int) -> Words:
+    def words(self, type_id: int, depth: int, times: int = 1) -> Words:
         one = btf._resolved(self._types, type_id)
-        self._looked_at += 1
-        if depth > _DEEPEST or self._looked_at > _MOST_TYPES:
-            return bytes.hex
+        self._shown += times
+        if depth > _DEEPEST or self._shown > _MOST_SHOWN:
+            return lambda raw: "..."
         if one.kind in (_ENUM, _ENUM64):
             self.needed = True
             return self._enumeration(one)
         if one.kind in (_STRUCT, _UNION):
             self.needed |= one.kind == _UNION
-            return self._struct(one, depth)
+            return self._struct(one, depth, times)
         if one.kind == _ARRAY:
-            return self._array(one, depth)
+            return self._array(one, depth, times)
         if one.kind == _INT:
             encoding = ctypes.c_uint32.from_address(one.behind).value
             if (width := encoding & 0xFF) != one.size * 8:
@@ -76,7 +76,8 @@ class _Reader:
         if one.kind == _FLOAT and one.size in (4, 8):
             form = struct.Struct("=f" if one.size == 4 else "=d")
             return lambda raw: repr(form.unpack_from(raw)[0])
-        return lambda raw: raw[: one.size].hex()
+        size = self._size(type_id)
+        return lambda raw: raw[:size].hex()
 
     def _enumeration(self, one: btf._Type) -> Words:
         wide = one.kind == _ENUM64
@@ -94,33 +95,34 @@ class _Reader:
 
         return words
 
-    def _struct(self, one: btf._Type, depth: int) -> Words:
+    def _struct(self, one: btf._Type, depth: int, times: int) -> Words:
         members: list[tuple[str, int, Words]] = []
         for i, of in enumerate(btf._members(self._types, one)):
             at, within = divmod(of.offset, 8)
+            if self._shown > _MOST_SHOWN:
+                members.append(("more", at, lambda raw: "..."))
+                break
             if of.width:
                 self.needed = True
                 words = _bits(within, of.width)
+                self._shown += times
             else:
-                words = self.words(of.type_id, depth + 1)
+                words = self.words(of.type_id, depth + 1, times)
             members.append((of.name or f"_anonymous{i}", at, words))
         return lambda raw: (
             "{" + ", ".join(f"{name}: {words(raw[at:])}" for name, at, words in members) + "}"
         )
 
-    def _array(self, one: btf._Type, depth: int) -> Words:
-        element, _, count = btf._WORDS.unpack(ctypes.string_at(one.behind, btf._WORDS.size))
-        words, size = self.words(element, depth + 1), self._size(element)
+    def _array(self, one: btf._Type, depth: int, times: int) -> Words:
+        element, count = btf._element(one)
+        size = self._size(element)
         shown = range(min(count, _MOST_ELEMENTS) if size else 0)
+        words = self.words(element, depth + 1, times * max(1, len(shown)))
         more = ", ..." if count > _MOST_ELEMENTS else ""
         return lambda raw: "[" + ", ".join(words(raw[i * size :]) for i in shown) + more + "]"
 
     def _size(self, type_id: int) -> int:
-        one = btf._resolved(self._types, type_id)
-        if one.kind != _ARRAY:
-            return one.size
-        element, _, count = btf._WORDS.unpack(ctypes.string_at(one.behind, btf._WORDS.size))
-        return int(count) * self._size(element)
+        return btf._size(self._types, type_id, 0)
 
 
 def _bits(at: int, width: int) -> Words:

@@ -36,6 +36,7 @@ _AT_ONCE_S: Final = 5.0  # how long an owner waits for the kernel to let go of s
 _GUARDIAN_S: Final = 30.0
 _RETRY_S: Final = 0.02
 _SMALLEST_LIMIT: Final = 1 << 20
+_MOST_PIDS: Final = 1 << 22  # PID_MAX_LIMIT
 # Folders that are written beside their final name; the process that does it ends the name.
 _UNFINISHED: Final = re.compile(r"\.(partial|replaced)-.*-(\d+)")
 
@@ -240,10 +241,13 @@ def clean(say: Callable[[str], None], runs: Iterable[Path] = ()) -> int:
         How many things were removed.
     """
     removed = 0
-    for path in sorted(_ledger_folder().glob("*.json")):
+    ledgers = _ledger_folder()
+    if ledgers.is_dir():
+        _require_own(ledgers)
+    for path in sorted(ledgers.glob("*.json")):
         try:
             pid, started, things = _read_ledger(path)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             path.unlink(missing_ok=True)
             say(f"The ledger {path.name} was damaged; removed it.")
             continue
@@ -440,14 +444,25 @@ def _boot() -> str:
 
 
 def _read_ledger(path: Path) -> tuple[int, int, list[_Thing]]:
+    if not path.is_file():
+        raise ValueError("a FIFO would be waited for")
     content = json.loads(path.read_text())
     things = [_Thing(**thing) for thing in content["things"]]
-    if any(thing.kind not in _ORDER for thing in things):
-        raise ValueError("unknown kind")
+    for thing in things:
+        if thing.kind not in _ORDER or not isinstance(thing.name, str) or "\0" in thing.name:
+            raise ValueError("unknown kind or name")
+        if thing.kind in ("process", "group") and not 0 < int(thing.name) <= _MOST_PIDS:
+            raise ValueError("no process has that number")
     started = content["started"] if content["boot"] == _boot() else -1
     if started == -1:  # of another boot: its processes and kernel objects are gone with that
         things = [thing for thing in things if thing.kind == "folder"]
     return int(content["pid"]), int(started), things
+
+
+def _require_own(folder: Path) -> None:
+    """Refuse a folder that another user made: what its ledgers name would be removed."""
+    if folder.stat().st_uid != os.geteuid():
+        raise Unavailable(f"The folder {folder.name} belongs to another user: remove it.")
 
 
 def _write_ledger(path: Path, pid: int, started: int, things: Iterable[_Thing]) -> None:
@@ -460,8 +475,7 @@ def _write_ledger(path: Path, pid: int, started: int, things: Iterable[_Thing]) 
     fresh = path.with_suffix(f".{os.getpid()}")
     for _ in range(100):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.parent.stat().st_uid != os.geteuid():
-            raise Unavailable(f"The folder {path.parent.name} belongs to another user: remove it.")
+        _require_own(path.parent)
         with contextlib.suppress(FileNotFoundError):  # somebody's clean() removed the folder
             fresh.write_text(json.dumps(content))
             fresh.replace(path)

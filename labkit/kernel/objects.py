@@ -702,6 +702,12 @@ def _is_bpffs(path: str) -> bool:
     return ctypes.c_long.from_buffer(answer).value == _BPF_FS_MAGIC
 
 
+def mount_point(line: bytes) -> bytes:
+    """Where a line of ``mountinfo`` says that something is mounted, its octal escapes undone."""
+    escaped = line.split(b" ")[4]
+    return re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), escaped)
+
+
 def _mounts(pid: int) -> list[tuple[str, str, str]]:
     """Type, root and point of what is mounted of bpffs and nsfs where a process is.
 
@@ -713,7 +719,6 @@ def _mounts(pid: int) -> list[tuple[str, str, str]]:
             mount, _, rest = line.partition(b" - ")
             kind = rest.split()[0]
             if kind in (b"bpf", b"nsfs"):
-                _, _, _, root, point = mount.split(b" ")[:5]
-                plain = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), point)
-                found.append((root != b"/", kind.decode(), os.fsdecode(root), os.fsdecode(plain)))
+                root, point = mount.split(b" ")[3], mount_point(mount)
+                found.append((root != b"/", kind.decode(), os.fsdecode(root), os.fsdecode(point)))
     return [(kind, root, point) for _, kind, root, point in sorted(found)]

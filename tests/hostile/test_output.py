@@ -115,6 +115,24 @@ def table(kernel: None) -> Map:
     return Map.create(MapKind.HASH, key="u4", value="u8", max_entries=4, name="output")
 
 
+@pytest.mark.parametrize("name", ["", "a" * 250])
+@pytest.mark.parametrize("command", ["watch 1 --parquet", "diagnose --prometheus", "incident"])
+def test_a_name_that_no_file_can_have_is_said_before_anything_else(name: str, command: str) -> None:
+    status, told = shell(f"{LABKIT} {command} '{name}'")
+    assert status == 2
+    assert "bytes: give such a one" in told or "is no plain file" in told
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "ascii:strict"])
+def test_an_output_that_lacks_a_letter_shows_its_escape(
+    encoding: str, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    script = "from labkit import console\nwith console.guarded_output(): print('pin \u754c')"
+    command = [sys.executable, "-c", script]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert capfdbinary.readouterr().out == b"pin \\u754c\n"
+
+
 @pytest.mark.parametrize("limit", ["ulimit -n 12", "ulimit -n 63"])
 @pytest.mark.parametrize("command", ["list", "watch --all --seconds 1", "diagnose 1"])
 def test_too_few_descriptors_are_said_before_anything_else(limit: str, command: str) -> None:
@@ -126,6 +144,7 @@ def test_too_few_descriptors_are_said_before_anything_else(limit: str, command: 
     "error",
     [
         MemoryError(),
+        RuntimeError("can't start new thread"),
         OSError(errno.EMFILE, "Too many open files"),
         OSError(errno.ENOMEM, ""),
         map_error(errno.EMFILE, "Opening map id 7"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 
+from labkit.inspect.watch_output import in_words, plain
 from labkit.kernel import libbpf, tools
 from labkit.kernel.btf_words import words_of
 from labkit.kernel.libbpf import MapKind
@@ -98,6 +101,81 @@ def test_a_watch_shows_them(table: Map) -> None:
         table.update(3, (7).to_bytes(4, sys.byteorder) + bytes(SIZE - 4))
         said, _ = watch.communicate(timeout=60)
     assert "3 = {state: GONE, states: [IDLE, IDLE], inner: {low: 0x0, state: 0x0," in said
+
+
+def one_in_another(kind: int, depth: int, width: int) -> Callable[[Types], tuple[int, int]]:
+    """Structs or unions of one byte, each of which has the one before in it several times."""
+
+    def made(types: Types) -> tuple[int, int]:
+        one = types.integer(1)
+        for _ in range(depth):
+            one = types.struct(1, *((f"m{i}", one, 0) for i in range(width)), kind=kind)
+        return one, 1
+
+    return made
+
+
+def many_arrays(kind: int, members: int, *counts: int) -> Callable[[Types], tuple[int, int]]:
+    """The same array many times, at the same place."""
+
+    def made(types: Types) -> tuple[int, int]:
+        one = types.integer(1)
+        for count in counts:
+            one = types.array(one, count)
+        size = math.prod(counts)
+        return types.struct(size, *((f"m{i}", one, 0) for i in range(members)), kind=kind), size
+
+    return made
+
+
+def empty_arrays(types: Types) -> tuple[int, int]:
+    """Arrays without elements of arrays without elements, in many elements."""
+    none = types.array(types.integer(1), 0)
+    one = types.struct(1, *((f"m{i}", none, 0) for i in range(4000)))
+    return types.array(one, 1024), 1024
+
+
+def bit_fields(types: Types) -> tuple[int, int]:
+    """Tens of thousands of bit fields at one place, in many elements."""
+    word = types.integer(4)
+    one = types.struct(4, *((f"m{i}", word, 1 << 24) for i in range(20_000)), widths=WIDTHS)
+    return types.array(one, 64), 256
+
+
+STRUCT, UNION = 4, 5
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        one_in_another(STRUCT, 18, 2), one_in_another(UNION, 18, 2),
+        one_in_another(STRUCT, 3, 60), one_in_another(UNION, 3, 60),
+        many_arrays(STRUCT, 2000, 64, 64), many_arrays(UNION, 2000, 64, 64),
+        many_arrays(STRUCT, 4000, 65_536), empty_arrays, bit_fields,
+    ],
+)  # fmt: skip
+def test_members_that_overlap_are_not_shown_without_end(
+    made: Callable[[Types], tuple[int, int]],
+) -> None:
+    types = Types()
+    key, (value, size) = types.integer(4), made(types)
+    held = libbpf.btf_load(types.raw())
+    try:
+        fd = libbpf.map_create(
+            MapKind.HASH, name="overlap", key_size=4, value_size=size, max_entries=1,
+            btf=(held, key, value),
+        )  # fmt: skip
+    finally:
+        libbpf.close(held)
+    with Map(fd) as opened:
+        info = libbpf.map_info(fd)
+        words = words_of(info.btf_id, info.btf_value_type_id)
+        if words is None:
+            raw = np.zeros(1, opened.value_dtype)[0]
+            shown = in_words(raw), json.dumps(plain(raw))
+        else:
+            shown = words(bytes(size)), ""
+        assert max(map(len, shown)) < 400_000
 
 
 @pytest.mark.parametrize("widths", [0, WIDTHS])

@@ -14,7 +14,7 @@ from typing import IO
 
 import pytest
 
-from labkit.errors import BadInput
+from labkit.errors import BadInput, Unavailable
 from labkit.kernel import leftovers
 from labkit.kernel.leftovers import clean, memory_cgroup, temporary_folder, trace_instance
 from labkit.kernel.parallel import Child
@@ -311,6 +311,37 @@ def test_half_written_runs_of_the_dead_are_removed(tmp_path: Path) -> None:
     assert not unfinished.exists()
     assert being_written.exists() and finished.exists()
     assert any(unfinished.name in words for words in said)
+
+
+@pytest.mark.parametrize(
+    "things",
+    [
+        [{"kind": "folder", "name": ["labkit-x"]}], [{"kind": "folder", "name": "labkit-\0"}],
+        [{"kind": "process", "name": "x"}], [{"kind": "group", "name": "-1"}],
+        [{"kind": "process", "name": "0"}], [{"kind": "folder"}], [1], {"a": 1}, 10**30,
+    ],
+)  # fmt: skip
+def test_a_ledger_of_other_types_is_damaged(
+    things: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leftovers, "_ledger_folder", lambda: tmp_path / "ledgers")
+    (tmp_path / "ledgers").mkdir()
+    content = {"pid": 1, "started": 1, "boot": leftovers._boot(), "things": things}
+    (tmp_path / "ledgers" / "1-1.json").write_text(json.dumps(content))
+    (tmp_path / "ledgers" / "2-2.json").write_text("[" * 100_000)
+    os.mkfifo(tmp_path / "ledgers" / "3-3.json")
+    said: list[str] = []
+    clean(said.append)
+    assert len(said) == 3 and all("was damaged" in one for one in said)
+
+
+def test_another_users_ledgers_are_not_heeded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leftovers, "_ledger_folder", lambda: tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: os.stat(tmp_path).st_uid + 1)
+    with pytest.raises(Unavailable, match="belongs to another user"):
+        clean(print)
 
 
 def test_a_damaged_or_foreign_ledger_is_harmless(

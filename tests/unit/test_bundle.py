@@ -89,6 +89,18 @@ def test_a_terminal_obeys_nothing_of_it() -> None:
     assert "\x1b" not in text and "\r" not in text and "\x07" not in text and "b\nc" in text
 
 
+def test_only_a_diagnosis_has_several_lines() -> None:
+    forged = "policy\nobjects: none"
+    events = [{"time": "t", "what": "update", "map": "policy", "line": forged}]
+    for change in (
+        changed("incident", asked=[forged]), changed("incident", labkit=forged),
+        changed("watch", events=events), changed("watch", unavailable=forged),
+        changed("doctor", kernel=forged),
+    ):  # fmt: skip
+        lines = str(bundle.Bundle(**change)).splitlines()
+        assert [one for one in lines if one.startswith("objects")] == [lines[1]], change
+
+
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(LabError, match="cannot be written"):
@@ -142,6 +154,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         archive(changed("watch", events=[{"time": 1}])),
         r"watch: events\[0\]: time is not what",
     ),
+    "time without end": (archive(changed("watch", seconds=10**400)), "watch: seconds is not what"),
+    "time that is none": (archive(changed("watch", seconds=float("nan"))), "watch: seconds is not"),
     "no field": (archive({**DOCUMENTS, "watch": {}}), "watch: seconds is not what"),
     "version": (archive(changed("incident", format="9")), "another version"),
     "not packed": (b"hello", "not packed by gzip"),
