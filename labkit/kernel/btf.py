@@ -351,7 +351,7 @@ def _new_layout(types: int, type_id: int, known: dict[int, _Layout], depth: int)
     if len(set(names)) < len(names) or any(of.width or of.offset % 8 for of in members):
         raise _Inexpressible("two fields of one name, or bit fields")
     inner = [_layout(types, member.type_id, known, depth + 1) for member in members]
-    layout = {
+    layout: Any = {
         "names": names,
         "formats": [each.dtype for each in inner],
         "offsets": [member.offset // 8 for member in members],

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from experiments.bench.crowd import instructions
 from labkit.errors import BadInput
 from labkit.inspect.diagnose import diagnose
-from labkit.kernel import libbpf, objects, programs
+from labkit.kernel import attachments, libbpf, objects, programs
 from labkit.kernel.libbpf import AttachType, MapKind, ProgramKind
 from labkit.kernel.maps import Map
 from labkit.kernel.parallel import Child
@@ -103,6 +103,49 @@ def test_a_mount_point_of_any_name_keeps_nobody_from_looking(
     with apart("--mount", 'mount -t bpf none "$0"', point):
         (found,) = diagnose(str(table.id))
         assert str(found).startswith(f"map {table.id} hostile: ") and FORGED not in str(found)
+
+
+@pytest.mark.parametrize("name", [b"a b", b"a\\b", b"a\tb", b"a\nb", b"\xff"])
+def test_cgroups_are_found_below_a_mount_point_of_any_name(name: bytes, tmp_path: Path) -> None:
+    point = bytes(tmp_path) + b"/" + name
+    os.mkdir(point)
+    alone = (
+        "for one in $(awk '$3 == \"cgroup2\" { print $2 }' /proc/mounts); do umount -l $one; done; "
+        'mount -t cgroup2 none "$0" && exec "$@"'
+    )
+    script = "import os; from labkit.kernel import attachments; " \
+        "os.write(1, os.fsencode(attachments._cgroup_tree()[0]))"  # fmt: skip
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", alone, point, sys.executable, "-c", script],
+        capture_output=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout == point
+
+
+# cgroup2 itself refuses a name with a new line (EINVAL).
+@pytest.mark.parametrize("name", [*(one for one in NAMES if b"\n" not in one), b"-rf", b"$(id) 'x"])
+def test_a_cgroup_of_any_name_is_one_line_and_its_command_a_word(name: bytes, table: Map) -> None:
+    tree = attachments._cgroup_tree()
+    if tree is None:
+        pytest.skip("no cgroup2 is mounted")
+    folder = os.fsencode(tree[0]) + b"/" + name
+    os.mkdir(folder)
+    try:
+        program = libbpf.prog_load(ProgramKind.CGROUP_SKB, instructions(table.fd), name="named")
+        where = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            assert libbpf.api().bpf_prog_attach(program, where, 0, 0) == 0
+            (found,) = diagnose(str(table.id))
+        finally:
+            os.close(where)
+            libbpf.close(program)
+    finally:
+        os.rmdir(folder)
+    assert all(line.isprintable() for line in str(found).splitlines())
+    detach = re.search(r"bpftool cgroup detach (.*) ingress id \d+$", str(found), re.M)
+    assert detach, found
+    echo = subprocess.run(["bash", "-c", f"printf %s {detach[1]}"], capture_output=True, check=True)
+    assert echo.stdout == folder
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -95,6 +96,29 @@ def test_one_that_fails_stops_no_other(tmp_path: Path) -> None:
             assert not any(part.startswith(("http", "//")) for part in loads)
         assert "<script" not in page and "No description has been provided" not in page
     assert not list(folder.parent.glob(".*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sockets by /proc")
+def test_a_notebooks_kernel_is_spoken_to_by_no_port(tmp_path: Path) -> None:
+    """The VM's report is the same command, in the VM."""
+    books = tmp_path / "books"
+    kept: list[Any] = []
+    ask = """
+import json, os
+from pathlib import Path
+from typing import Any
+from ipykernel.connect import get_connection_file
+assert json.loads(Path(get_connection_file()).read_text())["transport"] == "ipc"
+ports = set()
+held = [os.readlink(one) for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
+for table in ("tcp", "tcp6"):
+    rows = [row.split() for row in Path("/proc/self/net", table).read_text().splitlines()[1:]]
+    ports |= {row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in held}
+# ipykernel's own pipe for the output of forked processes, which takes only what has its secret.
+assert len(ports) <= 1, ports
+"""
+    write_notebook(books, "00-asks", ask, COUNTS, ASSERT)
+    assert make_report("quick", tmp_path / "reports", notebooks=books, done=kept.append) == 0, kept
 
 
 def test_a_notebook_that_does_not_end_is_stopped(tmp_path: Path) -> None:
