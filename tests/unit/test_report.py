@@ -100,7 +100,8 @@ def test_one_that_fails_stops_no_other(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="sockets by /proc")
 def test_a_notebooks_kernel_is_spoken_to_by_no_port(tmp_path: Path) -> None:
     """The VM's report is the same command, in the VM."""
-    books, kept = tmp_path / "books", []
+    books = tmp_path / "books"
+    kept: list[str] = []
     ask = """
 import json, os
 from pathlib import Path
