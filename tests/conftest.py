@@ -87,11 +87,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     if config.getoption("dist") != "loadfile":
         return None
-    scheduler = LoadFileScheduling(config, log)
-    races = {os.path.relpath(Path(__file__).parent / name, config.rootpath) for name in RACES}
-    file_of = scheduler._split_scope
-    scheduler._split_scope = lambda test: "races" if file_of(test) in races else file_of(test)
-    return scheduler
+    races = {path.relative_to(config.rootpath).as_posix() for path in RACES}
+
+    class RacesInOneLane(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "races" if file in races else file
+
+    return RacesInOneLane(config, log)
 
 
 def is_race(item: pytest.Item) -> bool:

@@ -351,14 +351,16 @@ def _new_layout(types: int, type_id: int, known: dict[int, _Layout], depth: int)
     if len(set(names)) < len(names) or any(of.width or of.offset % 8 for of in members):
         raise _Inexpressible("two fields of one name, or bit fields")
     inner = [_layout(types, member.type_id, known, depth + 1) for member in members]
-    layout: Any = {
-        "names": names,
-        "formats": [each.dtype for each in inner],
-        "offsets": [member.offset // 8 for member in members],
-        "itemsize": one.size,
-    }
+    dtype = np.dtype(
+        {
+            "names": names,
+            "formats": [each.dtype for each in inner],
+            "offsets": [member.offset // 8 for member in members],
+            "itemsize": one.size,
+        }
+    )
     # Each member is shown, also an array without elements.
-    return _Layout(np.dtype(layout), sum(max(1, each.scalars) for each in inner))
+    return _Layout(dtype, sum(max(1, each.scalars) for each in inner))
 
 
 def _number(kind: str, size: int) -> np.dtype[Any]:

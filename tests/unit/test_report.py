@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
@@ -102,11 +101,10 @@ def test_one_that_fails_stops_no_other(tmp_path: Path) -> None:
 def test_a_notebooks_kernel_is_spoken_to_by_no_port(tmp_path: Path) -> None:
     """The VM's report is the same command, in the VM."""
     books = tmp_path / "books"
-    kept: list[Any] = []
+    kept: list[str] = []
     ask = """
 import json, os
 from pathlib import Path
-from typing import Any
 from ipykernel.connect import get_connection_file
 assert json.loads(Path(get_connection_file()).read_text())["transport"] == "ipc"
 ports = set()
