@@ -774,6 +774,8 @@ def _go() -> str:
 
 @_trial("cilium_ebpf", "remove .lab/go-libraries, and make setup fetches it", needs=("go",))
 def _cilium_ebpf() -> str:
-    if not (found := sorted(tools.go_libraries().rglob("cilium/ebpf/go.mod"))):
+    modules = "usr/share/gocode/src/github.com/cilium/ebpf/go.mod"
+    folder = tools.go_libraries()
+    if not (found := [*folder.glob(modules), *folder.glob(f"*/{modules}")]):
         raise Refused("make setup did not fetch Debian's golang-github-cilium-ebpf-dev")
     return f"{len(found)} versions of its source"
