@@ -203,8 +203,6 @@ def test_the_search_ends_where_the_writer_does() -> None:
 
 
 SHORT = {
-    # Of three repetitions all three met other load, which C's follower met in another policy.
-    "p99 of our follower at 10,000 changes/s, of C's",
     # To sleep and be woken is what takes the time, for libbpf in C as well (0.8 of Go's). Who naps
     # 20 us in place of being woken takes 0.6 of Go's, and has a p50 of 1.5 times its.
     "CPU of our follower at 100,000 changes/s, of Go's",
