@@ -9,7 +9,8 @@ newest=sid
 suites=(bookworm trixie "$newest")
 packages=(golang-github-cilium-ebpf-dev golang-golang-x-sys-dev golang-golang-x-exp-dev)
 libraries=$LAB_STATE/go-libraries
-if [[ -d $libraries ]] || ! command -v apt-get >/dev/null || [[ ! -x $LAB_ROOT/.venv/bin/go ]]; then
+# A checkout of before has the newest alone.
+if [[ -d $libraries/${suites[0]} ]] || ! command -v apt-get >/dev/null || [[ ! -x $LAB_ROOT/.venv/bin/go ]]; then
     exit 0
 fi
 
@@ -36,12 +37,13 @@ fetch() {
                 for package in "$suite"/*.deb; do dpkg-deb -x "$package" "$suite/unpacked" || return; done &&
                 mv -T "$suite/unpacked" "unpacked/$suite" || return
         done &&
-        mv unpacked/"$newest"/* unpacked && rmdir unpacked/"$newest" && mv -T unpacked "$libraries"
+        mv unpacked/"$newest"/* unpacked && rmdir unpacked/"$newest" &&
+        rm -rf "$libraries" && mv -T unpacked "$libraries"
 }
 
 work=$(mktemp -d "$LAB_STATE/go-apt.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 if ! with_progress "$LAB_STATE/go-apt.log" "Fetching Go libraries for the benchmarks" fetch "$work"; then
-    mkdir -p "$libraries" # no set-up waits for a network again that may not be there
+    mkdir -p "$libraries/${suites[0]}" # no set-up waits for a network again that may not be there
     say "The benchmarks leave Go's rows out; remove .lab/go-libraries to have set-up try again."
 fi
