@@ -57,7 +57,9 @@ class LivePanel:
         usual = Order("events", 10_000)
 
         def number(value: int, words: str) -> Any:
-            return widgets.IntText(value=value, description=words, style=_STYLE, layout=_LABELS)
+            control = widgets.IntText(value=value, description=words, style=_STYLE, layout=_LABELS)
+            control.observe(self._entered, "value")
+            return control
 
         # Buttons: JupyterLab keeps the arrow keys and letters of a drop-down for itself.
         self.strategy = widgets.ToggleButtons(
@@ -128,6 +130,11 @@ class LivePanel:
     def _chosen(self, change: Any) -> None:
         self.ring_bytes.disabled = change["new"] == DOUBLE_MAP
         self.message.value = message_html(f"{change['new']} is chosen for the next run.")
+
+    def _entered(self, change: Any) -> None:
+        """Say what has arrived: a press of Run may come before a number that was typed in front."""
+        words = f"{change['owner'].description}: {change['new']:,} for the next run."
+        self.message.value = message_html(words)
 
     def _tell(self, turn: int, progress: Progress) -> None:
         if turn == self._turn:

@@ -35,10 +35,11 @@ class Parameter:
     @property
     def bounds(self) -> str:
         """What it may be, in words."""
-        one = self.quick[0] if isinstance(self.quick, list) else self.quick
+        given = self.quick or self.full  # a profile may leave a list empty
+        one = given[0] if isinstance(given, list) else given
         kind = {bool: "true or false", str: "text", int: "whole number above 0"}
         words = kind.get(type(one), "number above 0")
-        return f"list, each a {words}" if isinstance(self.quick, list) else words
+        return f"list, each a {words}" if isinstance(given, list) else words
 
 
 def parameters(experiment: Experiment) -> list[Parameter]:

@@ -137,6 +137,8 @@ class Panel:
         self.browser.press("a", CONTROL)
         for key in text:
             self.browser.press(key)
+        self.browser.press("Tab")  # it is taken when the control is left
+        self.wait_for("message", f"{label}: {int(text):,}")
 
     def press(self, button: str, key: str) -> None:
         self.tab_to(button)

@@ -178,7 +178,7 @@ def test_what_make_started_ends_with_it(target: str, marked: Marked, table: Map)
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     make = marked.start(*MAKE, target, f"MAP={table.id}", f"LAB_PORT={port}")
-    until(lambda: re.search(r"Watching|lab\?token=\w{8}", marked.said()), marked.said)
+    until(lambda: re.search(r"Watching|lab\S*\?token=\w{8}", marked.said()), marked.said)
     make.kill()
     make.wait()
     marked.await_end()

@@ -79,10 +79,11 @@ def test_the_matrix_varies_each_axis_for_every_strategy_that_has_it() -> None:
     cells = cells_of([8, 64, 1024])
     for name in (*STRATEGIES, DOUBLE_MAP):
         ours = [cell for cell in cells if cell.strategy == name]
-        assert {cell.value_bytes for cell in ours if cell.rate == 10_000} == {8, 64, 1024}
+        assert {cell.value_bytes for cell in ours if cell.rate == 10_000} >= {8, 1024}
         assert len({cell.rate for cell in ours if cell.value_bytes == 8}) >= 2
         foreign = {"hook": "process", DOUBLE_MAP: "publisher"}.get(name, "program")
         assert foreign in {cell.writer for cell in ours}
+    assert {"events", "hook"} <= {cell.strategy for cell in cells if cell.value_bytes == 64}
     woken = {cell.strategy for cell in cells if cell.wakeup == "never"}
     assert woken == {"events", "hybrid", "hook"}
     assert {cell.wakeup for cell in cells if cell.strategy == "events"} == {"default", *WAKEUPS}
