@@ -10,7 +10,8 @@ from html import escape
 from typing import Any, Final
 
 _HEADING: Final = re.compile(r"^## (?:(\d+)\. )?(.+)$", re.MULTILINE)
-_PLACES: Final = re.compile(r"\b([Ss]ections?) (\d+)( and (\d+))?\b")
+# "Section 4.2" is one of the article's.
+_PLACES: Final = re.compile(r"\b[Ss]ections? \d+(?:(?:, | and | to )\d+)*(?!\.?\d)")
 _WIDGET: Final = "application/vnd.jupyter.widget-view+json"
 _NO_ALT: Final = 'alt="No description has been provided for this image"'
 _TEMPLATE: Final = """{% extends 'basic/index.html.j2' %}
@@ -116,12 +117,8 @@ def body(notebook: Any, own: list[Section], every: Mapping[int, Section]) -> str
 def _linked(text: str, every: Mapping[int, Section]) -> str:
     """Make links of sections that are named by their experiment's number."""
 
-    def link(number: str) -> str:
-        known = every.get(int(number))
-        return f"[{known.number}]({known.address})" if known else number
+    def link(number: re.Match[str]) -> str:
+        known = every.get(int(number[0]))
+        return f"[{known.number}]({known.address})" if known else number[0]
 
-    def place(found: re.Match[str]) -> str:
-        rest = f" and {link(found[4])}" if found[4] else ""
-        return f"{found[1]} {link(found[2])}{rest}"
-
-    return _PLACES.sub(place, text)
+    return _PLACES.sub(lambda found: re.sub(r"\d+", link, found[0]), text)
