@@ -24,7 +24,7 @@ import pandas as pd
 from experiments.bench import peers
 from labkit.errors import LabError, TimedOut
 from labkit.figures import style
-from labkit.judge.language import reference
+from labkit.judge.language import in_words, reference
 from labkit.kernel import leftovers, libbpf, network, programs
 from labkit.kernel.libbpf import ProgramKind
 from labkit.kernel.maps import Map
@@ -167,7 +167,9 @@ def _rows(tables: Tables) -> pd.DataFrame:
                      "ring": theirs[1], "ratio": theirs[1] / theirs[0], "spread": ""})  # fmt: skip
         values = tables[table].set_index("case")[column] * scale
         batch, ring = values.loc[["batch"]], values.loc[["ring"]]
-        spread = "; ".join(f"{one.min():.3g} to {one.max():.3g}" for one in (batch, ring))
+        spread = "; ".join(
+            f"{in_words(one.min())} to {in_words(one.max())}" for one in (batch, ring)
+        )
         ratio = ring.median() / batch.median() if batch.median() else float("nan")
         rows.append({"row": name, "whom": "this run", "unit": unit, "map": batch.median(),
                      "ring": ring.median(), "ratio": ratio, "spread": spread})  # fmt: skip

@@ -23,6 +23,7 @@ from labkit.errors import BadInput, LabError, Unavailable
 from labkit.figures import Drawing, as_png
 from labkit.judge.claims import Ledger
 from labkit.judge.findings import FindingFailed
+from labkit.judge.language import in_words
 from labkit.kernel import probe
 from labkit.lab import measure as worker
 from labkit.lab.catalogue import draw, find, judge, latest, recorded
@@ -246,8 +247,7 @@ class Investigation:
         except Exception as error:
             self._failed(find(run.experiment), error)
             return
-        with pd.option_context("display.max_colwidth", None):
-            _show(rows.to_html(index=False, border=0), rows.to_string(index=False))
+        _show_table(rows)
 
     def show(self, run: Run | None, table: str) -> None:
         """Show one table of a run, at most its first twenty rows."""
@@ -259,10 +259,7 @@ class Investigation:
             self._failed(find(run.experiment), error)
             return
         rest = f"<p>{len(rows) - 20} more rows are in the run.</p>" if len(rows) > 20 else ""
-        head = rows.head(20)
-        with pd.option_context("display.max_colwidth", None):
-            html = head.to_html(index=False, border=0)
-        _show(html + rest, head.to_string(index=False))
+        _show_table(rows.head(20), rest)
 
     def draw(self, run: Run | None, *, of: str | None = None, key: bool = False) -> None:
         """Draw the experiment's figure from the run, as a static picture.
@@ -544,6 +541,11 @@ def _show_picture(picture: bytes, about: str, *, key: bool = False) -> None:
 
 def _show(html: str, text: str) -> None:
     _display({"text/html": html, "text/plain": text})
+
+
+def _show_table(rows: pd.DataFrame, rest: str = "") -> None:
+    with pd.option_context("display.max_colwidth", None, "display.float_format", in_words):
+        _show(rows.to_html(index=False, border=0) + rest, rows.to_string(index=False))
 
 
 def _counts_html(run: Run) -> str:
